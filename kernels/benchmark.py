@@ -12,8 +12,10 @@ import argparse
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from .covariance import triton, variance_covariance, variance_covariance_reference
 
@@ -84,9 +86,10 @@ def floor(n, d, operations_rate, bytes_rate):
 
 def check(name, function, z, truth, reference_error):
     error = ((step(function, z).double() - truth).norm() / truth.norm()).item()
-    if not error <= max(4 * reference_error, 1e-6):
-        sys.exit(f"{name} disagrees with float64 at {list(z.shape)}: gradient error {error:.1e}, the fp32 reference's "
-                 f"is {reference_error:.1e}; not timed")
+    if not error <= min(max(4 * reference_error, 1e-6), 1e-3):
+        print(f"{name} disagrees with float64 at {list(z.shape)}: gradient error {error:.1e}, the fp32 reference's is "
+              f"{reference_error:.1e}; not timed", file=sys.stderr)
+        sys.exit(2)
 
 
 def measure(n, d, device, repeats):
@@ -96,7 +99,7 @@ def measure(n, d, device, repeats):
                   "torch": lambda z: variance_covariance(z, impl="torch")}
     if device == "cuda" and triton is not None:
         contenders["triton"] = lambda z: variance_covariance(z, impl="triton")
-    truth = step(lambda z: variance_covariance(z, impl="torch"), z.double())
+    truth = step(variance_covariance_reference, z.double())
     reference_error = ((step(variance_covariance_reference, z).double() - truth).norm() / truth.norm()).item()
     for name, function in contenders.items():
         check(name, function, z, truth, reference_error)       # also the warm-up
@@ -109,10 +112,8 @@ def measure(n, d, device, repeats):
 
 
 def draw(rows, path, where):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    axes = figure.subplots(1, 2)
     names = list(rows[0][2])
     panels = (axes[0], 0, 1e3, "forward + backward, ms"), (axes[1], 1, 2 ** -20, "extra memory, MiB")
     for axis, k, scale, label in panels:
@@ -129,13 +130,25 @@ def draw(rows, path, where):
     print(f"picture: {path}")
 
 
+def size(text):
+    """256x8192 -> (256, 8192)"""
+    n, d = map(int, text.split("x"))
+    if n < 2 or d < 1:
+        raise ValueError
+    return n, d
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--sizes", nargs="+", metavar="NxD", default=[f"{n}x{d}" for n, d in SIZES], help="what to time")
+    parser.add_argument("--sizes", nargs="+", metavar="NxD", type=size, default=SIZES, help="what to time")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each; the median counts (default 5)")
     parser.add_argument("--picture", default="covariance_benchmark.png", help="where the picture goes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
+    if args.repeats < 1 or not Path(args.picture).parent.is_dir():
+        parser.error("--repeats must be at least 1, and the folder of --picture must exist")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here")
     operations_rate, bytes_rate = machine_rates(args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     where = f"{name}, torch {torch.__version__}"
@@ -143,7 +156,7 @@ def main():
     print(f"{'N, D':>12}  {'implementation':<17}"
           f"{'ms':>10}{'faster':>9}{'floor':>8}{'MiB':>10}{'less':>7}{'x input':>9}")
     rows = []
-    for n, d in (map(int, size.split("x")) for size in args.sizes):
+    for n, d in args.sizes:
         result, least = measure(n, d, args.device, args.repeats), floor(n, d, operations_rate, bytes_rate)
         rows.append((n, d, result, least))
         peer_time, peer_memory = result["facebookresearch"]

@@ -8,13 +8,14 @@
 Arithmetic and bytes. The textbook form with autograd multiplies three times by a D x D matrix, 6 N D^2 operations,
 and keeps several of these matrices: at (256, 8192) 103 GFLOP and over 1 GB, for an input of 8 MB. But only the sum
 of squares of C is asked for, and the N x N Gram matrix has it too (Garrido et al., arXiv 2206.02574). With
-n = min(N, D) two products suffice, the first of them symmetric: 3 N D n operations, n^2 scratch, and four passes
+n = N (where 2N <= D) or D two products suffice, the first symmetric: 3 N D n operations, n^2 scratch, four passes
 over Z (read by the forward; read, read and written by the backward). At (256, 8192) that is 1.6 GFLOP and 34 MB.
 The floor on an H100 (67 TFLOP/s in fp32, 3.35 TB/s) is 24 us, of which the memory needs 10; at 100 GFLOP/s a laptop
 needs 16 ms.
 
 All is computed in fp32, also inside autocast: near the whitened optimum bf16 operands make the gradient 17-43 %
-wrong, tf32 2-5 % (measured), and fp16 flushes small covariances to 0. float64 stays float64, for gradcheck.
+wrong, tf32 2-5 % (measured), and fp16 flushes small covariances to 0. float64 stays float64, for gradcheck. (The
+plain-torch path on a GPU obeys torch.backends.cuda.matmul.allow_tf32, off by default; the Triton path does not.)
 """
 from contextlib import nullcontext
 
@@ -47,8 +48,9 @@ def variance_covariance_reference(z, gamma=1.0, eps=1e-4):
 #   Gram side         M = Z_c Z_c^T, |M|^2 = |Z_c^T Z_c|^2:       covariance = (|M|^2 / (N-1)^2 - sum_d var_d^2) / D
 #
 # The Gram side subtracts the diagonal's part from the whole, and loses digits as far as the diagonal dominates.
-# rank(C) <= N-1 bounds that: with 2N <= D by a factor of 2 at most, so the Gram side is taken there and only there.
-# (For whitened 4096 x 512 it is 0.4-5 % wrong; so it is for an extreme spectrum, one dimension x1000: use `side`.)
+# rank(C) <= N-1 bounds that for columns of like variance: with 2N <= D by a factor of 2 at most, so the Gram side is
+# taken there and only there. (Whitened 4096 x 512 would come out 0.4-5 % wrong. So does one dimension x1000 at any
+# shape: then force side="covariance".)
 #
 # Backward with upstream gradients g_v, g_k. d covariance/dC = 2 offdiag(C)/D, dC = (dZ^T Z_c + Z_c^T dZ)/(N-1), so
 #
@@ -160,7 +162,7 @@ if triton is not None:
         tl.store(out, acc, mask=(ci[:, None] < n) & (cj[None, :] < n))
 
     @triton.jit
-    def _fold(partial, m, squares, n, splits, HOLLOW: tl.constexpr, BLOCK: tl.constexpr):
+    def _fold(partial, m, squares, n, size, splits, HOLLOW: tl.constexpr, BLOCK: tl.constexpr):
         """M = sum of the partial products, mirrored into the upper tiles; one sum of squares per lower tile."""
         i, j = tl.program_id(0), tl.program_id(1)
         slot = squares + i * tl.num_programs(1) + j
@@ -174,7 +176,7 @@ if triton is not None:
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         for s in range(0, splits):
             acc += tl.load(partial + at, mask=inside, other=0.)
-            partial += n.to(tl.int64) * n
+            partial += size
         if HOLLOW:
             acc = tl.where(r == c, 0., acc)
         tl.store(m + at, acc, mask=inside)
@@ -229,7 +231,7 @@ def _forward_triton(z, gram):
         _column_stats[(triton.cdiv(D, 16),)](z, mean, variance, N, D, *z.stride(), BLOCK_N=256, BLOCK_D=16)
         _product[(tiles, tiles, splits)](x, mean, partial, L, n, D, *x.stride(), rows_per_split,
                                          gram, BLOCK, BLOCK_K, PRECISION, **LAUNCH)
-        _fold[(folds, folds)](partial, m, squares, n, splits, not gram, FOLD)
+        _fold[(folds, folds)](partial, m, squares, n, n * n, splits, not gram, FOLD)
     return mean, variance, m, squares.sum()
 
 
@@ -277,13 +279,13 @@ def variance_covariance(z, gamma=1.0, eps=1e-4, impl="auto", side="auto"):
 
     z       [N, D], N >= 2, any float dtype and strides, finite. Differentiable once, any upstream gradient.
     gamma   what the hinge wants the standard deviation of each dimension to reach, in z's units.
-    eps     added to the variance inside the root, >= 0.
+    eps     added to the variance inside the root; at 0 a constant dimension has no gradient (NaN).
     impl    "auto": Triton for CUDA tensors where triton is installed, else "torch". "reference", "torch", "triton"
             force one; a forced "triton" takes CPU tensors if TRITON_INTERPRET=1 was set before import.
     side    "auto": the N x N Gram matrix if 2N <= D, else the D x D covariance. "gram", "covariance" force one.
 
     Returns (variance, covariance), two scalars >= 0 but for rounding, computed and returned in fp32 also under
-    autocast (float64 for float64). Extra memory at most about three times z in fp32, the gradient included.
+    autocast (float64 for float64). Extra memory with side="auto": about three times z in fp32, gradient included.
     Raises ValueError for a wrong rank, dtype, N < 2 or option; RuntimeError in a double backward, which only
     impl="reference" has. Source: Bardes et al., arXiv 2105.04906, released code; README lists other conventions.
     """

@@ -1,0 +1,36 @@
+"""Triton's interpreter where there is no GPU, and uninitialised memory that shows when it is read."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"              # read once, when kernels/ is imported
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def nan_poisoned():
+    """Every torch.empty, empty_like and new_empty comes filled with NaN."""
+    torch.use_deterministic_algorithms(True)          # its fill_uninitialized_memory does the poisoning
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes, not seconds; runs with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: runs with -m slow"))

@@ -1,0 +1,98 @@
+"""Kernels become GPU code without a GPU: tensor cores used, shared memory within the chip's, no spills on NVIDIA.
+
+The compiler runs in a process of its own, since this one has Triton's interpreter on.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = r"""
+import json, os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import covariance as c
+
+KERNELS = {  # what is constant at launch, strides of 1 included
+    "_column_stats": dict(constants=dict(stride_d=1, BLOCK_N=256, BLOCK_D=16)),
+    "_product, Gram": dict(constants=dict(stride_l=1, GRAM=True, BLOCK=c.BLOCK, BLOCK_K=c.BLOCK_K)),
+    "_product, covariance": dict(constants=dict(stride_n=1, GRAM=False, BLOCK=c.BLOCK, BLOCK_K=c.BLOCK_K)),
+    "_fold": dict(constants=dict(HOLLOW=True, BLOCK=c.FOLD)),
+    "_fold, D = 1": dict(constants=dict(n=1, size=1, splits=1, HOLLOW=True, BLOCK=c.FOLD)),      # Triton makes 1 a constant
+    "_column_stats, D = 1": dict(constants=dict(stride_n=1, stride_d=1, D=1, BLOCK_N=256, BLOCK_D=16)),
+    "_gradient, Gram": dict(constants=dict(stride_l=1, out_l=1, GRAM=True, BLOCK=c.BLOCK, BLOCK_K=c.BLOCK_K)),
+    "_gradient, covariance": dict(constants=dict(stride_n=1, out_n=1, GRAM=False, BLOCK=c.BLOCK, BLOCK_K=c.BLOCK_K)),
+}
+POINTERS = {"z", "x", "mean", "var", "partial", "m", "squares", "scale", "a", "dx"}
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
+           "gfx942": GPUTarget("hip", "gfx942", 64)}
+
+def compile(name, options, target, dtype):
+    kernel = getattr(c, name.split(",")[0])
+    constants = dict(options["constants"])
+    if "PRECISION" in kernel.arg_names:
+        constants["PRECISION"] = "ieee" if target.backend == "hip" else "tf32x3"      # as covariance.PRECISION chooses
+    signature, hints = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        else:
+            pointer = "*" + (dtype if argument in ("z", "x") else "fp32")
+            signature[argument] = pointer if argument in POINTERS else "i32"
+            hints[i,] = [["tt.divisibility", 16]]                              # else loads are narrow
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, hints)
+    launch = c.LAUNCH if "PRECISION" in constants else {}
+    return triton.compile(source, target=target, options=launch)
+
+rows = []
+for target_name, target in TARGETS.items():
+    for name, options in KERNELS.items():
+        for dtype in ("fp32", "bf16"):
+            built = compile(name, options, target, dtype)
+            row = dict(target=target_name, kernel=name, dtype=dtype, shared=built.metadata.shared)
+            if target.backend == "cuda":
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(built.asm["cubin"])
+                    file.flush()
+                    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+                    usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+                row["spilled"] = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage.stdout)))
+                row["tensor_cores"] = sorted(set(re.findall(r"H(?:G)?MMA", built.asm["sass"])))
+            else:
+                row["spilled"] = sum(map(int, re.findall(r"vgpr_spill_count: *(\d+)", built.asm["amdgcn"])))
+                row["tensor_cores"] = sorted(set(re.findall(r"v_mfma_\w+", built.asm["amdgcn"])))
+            rows.append(row)
+print(json.dumps(rows))
+"""
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}      # bytes a block may have
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    script = tmp_path_factory.mktemp("compile") / "compile_kernels.py"       # Triton reads kernels' source from files
+    script.write_text(COMPILE)
+    root = str(Path(__file__).parents[1])
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": root}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_fits_the_chip_without_spills(compiled, target):
+    rows = [row for row in compiled if row["target"] == target]
+    assert len(rows) == 16
+    assert all(row["shared"] <= SHARED_LIMIT[target] and row["spilled"] == 0 for row in rows), rows
+
+
+@pytest.mark.parametrize("target, instruction", [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("gfx942", "v_mfma_f32")])
+def test_products_run_on_tensor_cores(compiled, target, instruction):
+    rows = [row for row in compiled if row["target"] == target and row["kernel"].startswith(("_product", "_gradient"))]
+    assert len(rows) == 8
+    assert all(any(i.startswith(instruction) for i in row["tensor_cores"]) for row in rows), rows

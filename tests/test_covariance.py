@@ -1,0 +1,194 @@
+"""kernels/covariance.py against float64 and against the released form, values and gradients."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from kernels import variance_covariance
+from kernels.benchmark import facebookresearch_form, peak_memory
+from kernels.covariance import triton
+
+SHAPES = [(2, 1), (2, 3), (5, 2), (41, 41), (33, 66), (34, 66), (17, 128), (64, 128), (64, 65), (63, 31), (300, 9)]
+IMPLS = ["torch"] + ["triton"] * (triton is not None)
+UPSTREAM = 2.5, -0.7                                  # gradients of the two terms, neither 0 nor 1
+
+
+def embeddings(n, d, seed=0, device="cpu"):
+    """Uneven columns, some on either side of the hinge, with means away from zero."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, d, generator=g) * torch.linspace(.2, 2, d) + torch.randn(d, generator=g)).to(device)
+
+
+def run(function, z, upstream=UPSTREAM, **options):
+    z = z.detach().requires_grad_()
+    terms = function(z, **options)
+    torch.autograd.backward(terms, [torch.full_like(t, g) for t, g in zip(terms, upstream)])
+    return *(t.detach() for t in terms), z.grad
+
+
+def errors(got, truth):
+    """Relative error of variance, covariance and gradient; a term that is zero in truth counts absolutely."""
+    return [((g.double() - t).norm() / (t.norm() if t.norm() else 1)).item() for g, t in zip(got, truth)]
+
+
+def nan_padded(z):
+    """The same values as a strided window into storage that is NaN everywhere else."""
+    n, d = z.shape
+    storage = torch.full((n + 5, d + 7), torch.nan, dtype=z.dtype, device=z.device)
+    storage[2:2 + n, 3:3 + d] = z
+    return storage[2:2 + n, 3:3 + d]
+
+
+@pytest.mark.parametrize("side", ["gram", "covariance"])
+@pytest.mark.parametrize("shape", [(7, 30), (20, 20), (31, 8), (40, 90), (3, 2)])
+def test_equals_the_released_form_in_float64(shape, side):
+    z = embeddings(*shape).double()
+    got, truth = run(variance_covariance, z, side=side), run(facebookresearch_form, z)
+    assert all(e < 1e-10 for e in errors(got, truth)), errors(got, truth)
+
+
+@pytest.mark.parametrize("side", ["auto", "gram", "covariance"])
+@pytest.mark.parametrize("shape", [(4, 9), (6, 6), (9, 4)])
+def test_gradcheck(shape, side):
+    z = embeddings(*shape).double().requires_grad_()
+    assert gradcheck(lambda z: variance_covariance(z, gamma=1.1, side=side), z)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_is_at_most_twice_that_of_the_fp32_reference(shape, impl, device, nan_poisoned):
+    ours, reference = [], []
+    for seed in range(8):
+        z = embeddings(*shape, seed, device)
+        truth = run(facebookresearch_form, z.double())
+        ours.append(errors(run(variance_covariance, nan_padded(z), impl=impl), truth))
+        reference.append(errors(run(variance_covariance, z, impl="reference"), truth))
+    ours, reference = (torch.tensor(e).square().mean(0).sqrt() for e in (ours, reference))      # rms over seeds
+    assert (ours <= 2 * reference.clamp(min=2 ** -23)).all(), (ours, reference)                # one rounding at least
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("side", ["gram", "covariance"])
+def test_a_side_can_be_forced_and_strides_do_not_matter(impl, side, device, nan_poisoned):
+    for shape in [(40, 70), (70, 40)]:
+        z = embeddings(*shape, device=device)
+        truth = run(facebookresearch_form, z.double())
+        for layout in (z, z.T.contiguous().T, nan_padded(z), z.repeat_interleave(2, dim=1)[:, ::2]):
+            assert all(e < 3e-6 for e in errors(run(variance_covariance, layout, impl=impl, side=side), truth))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(20, 64), (64, 20)])
+def test_half_precision_input_is_computed_in_fp32(dtype, impl, shape, device):
+    z = embeddings(*shape, device=device).to(dtype)
+    truth = run(facebookresearch_form, z.double())
+    variance, covariance, gradient = run(variance_covariance, z, impl=impl)
+    assert variance.dtype == covariance.dtype == torch.float32 and gradient.dtype == dtype
+    assert all(e < 1e-6 for e in errors((variance, covariance), truth))
+    assert errors([gradient], truth[2:])[0] < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("shape", [(20, 64), (64, 20)])
+def test_autocast_changes_nothing(shape):
+    z = embeddings(*shape)
+    plain = run(variance_covariance, z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run(variance_covariance, z)          # forward and backward both
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_runs_agree_to_the_bit(impl, device):
+    for shape in [(24, 100), (100, 24)]:
+        z = embeddings(*shape, device=device)
+        assert all(torch.equal(a, b) for a, b in zip(*(run(variance_covariance, z, impl=impl) for _ in range(2))))
+
+
+@pytest.mark.skipif(triton is None, reason="needs triton")
+def test_offsets_are_64_bit(device):
+    """Row 2 starts past 2^31 elements. But for three rows the storage is never touched: it costs address space only."""
+    z = torch.empty(2 ** 31 + 32, dtype=torch.float16, device=device).as_strided((3, 8), (2 ** 30 + 7, 1))
+    z.copy_(embeddings(3, 8))
+    same = z.contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(run(variance_covariance, same, impl="triton"),
+                                                 run(variance_covariance, z, impl="triton")))
+
+
+@pytest.mark.parametrize("shape", [(64, 2048), (256, 2048), (600, 1100), (512, 512), (2048, 256)])
+def test_extra_memory_is_about_three_times_the_input(shape):
+    z = embeddings(*shape)
+    assert peak_memory(lambda: run(variance_covariance, z)) <= 3.2 * z.numel() * 4
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16)])
+def test_inside_torch_compile(shape):
+    z = embeddings(*shape)
+    compiled = torch.compile(lambda z: variance_covariance(2 * z), fullgraph=True)
+    assert all(e < 1e-6 for e in errors(run(compiled, z), run(lambda z: variance_covariance(2 * z), z.double())))
+
+
+def test_a_double_backward_says_there_is_none():
+    z = embeddings(8, 4).requires_grad_()
+    with pytest.raises(RuntimeError, match="no double backward.*impl='reference'"):
+        torch.autograd.grad(sum(variance_covariance(z)), z, create_graph=True)
+    gradient, = torch.autograd.grad(sum(variance_covariance(z, impl="reference")), z, create_graph=True)
+    gradient.square().sum().backward()
+    assert z.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("z, words", [
+    (torch.zeros(1, 8), r"\[1, 8\].*larger batch"), (torch.zeros(8), r"\[8\]"), (torch.zeros(2, 3, 4), "flatten"),
+    (torch.zeros(4, 4, dtype=torch.int64), r"int64.*\.float\(\)"), (torch.zeros(4, 0), r"D >= 1")])
+def test_bad_input_is_named(z, words):
+    with pytest.raises(ValueError, match=words):
+        variance_covariance(z)
+
+
+def test_bad_options_are_named():
+    with pytest.raises(ValueError, match="impl='cuda'"):
+        variance_covariance(torch.zeros(4, 4), impl="cuda")
+    with pytest.raises(ValueError, match="side='rows'"):
+        variance_covariance(torch.zeros(4, 4), side="rows")
+    with pytest.raises(ValueError, match="impl='triton'"):
+        variance_covariance(torch.zeros(4, 4).double(), impl="triton")
+
+
+def test_nan_input_gives_nan_output(device):
+    z = embeddings(20, 8, device=device)
+    z[3, 5] = torch.nan
+    for impl in IMPLS:
+        assert all(t.isnan() for t in variance_covariance(z, impl=impl))
+
+
+def test_without_triton_everything_but_the_triton_path_works():
+    code = """if True:
+        import sys
+        sys.modules["triton"] = None                  # makes `import triton` raise ImportError
+        import torch
+        from kernels import variance_covariance
+        z = torch.randn(9, 5, requires_grad=True)
+        sum(variance_covariance(z)).backward()
+        assert z.grad.isfinite().all()
+        try:
+            variance_covariance(z, impl="triton")
+        except ValueError as error:
+            assert "triton" in str(error)
+            print("as it should be")
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout == "as it should be\n", done.stderr
+
+
+def test_two_passes_keep_the_variance_of_features_far_from_zero():
+    """At mean 30, std .05 the one-pass form E[x^2] - E[x]^2 is 12 % wrong in fp32."""
+    g = torch.Generator().manual_seed(0)
+    z = 30 + .05 * torch.randn(4096, 8, generator=g)
+    truth, _ = variance_covariance(z.double())
+    got, _ = variance_covariance(z)
+    assert abs(got - truth) / truth < 1e-6
+    one_pass = (z.square().mean(0) - z.mean(0).square()) * 4096 / 4095
+    assert ((one_pass - z.double().var(0)).abs() / z.double().var(0)).max() > .05
