@@ -1,4 +1,4 @@
-"""README's results and ratios, measured again (slow: some ten minutes on 2 cores)."""
+"""README's results and ratios, measured again (slow: some five minutes on 2 cores)."""
 import re
 import statistics
 import subprocess
