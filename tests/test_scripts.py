@@ -144,6 +144,12 @@ def damaged_checkpoint(folder):
     return "--resume", "half"
 
 
+def foreign_checkpoint(folder):
+    (folder / "half").mkdir()
+    torch.save({"config": Path("anything")}, folder / "half" / "last.pt")            # torch explains in many lines
+    return "--resume", "half"
+
+
 def without_checkpoint(folder):
     (folder / "half").mkdir()
     (folder / "half" / "config.json").write_text("{}")
@@ -193,6 +199,8 @@ BAD = {  # what is wrong: (how it comes about -> arguments, words the message mu
     "folder in use": (used_folder, "used is not empty.*--resume used"),
     "resume of nothing": (lambda folder: ("--resume", "nowhere"), "cannot resume nowhere"),
     "resume of a half-written folder": (without_checkpoint, "cannot resume half.*start a new run"),
+    "resume of a foreign checkpoint": (foreign_checkpoint, "cannot resume half.*start a new run"),
+    "no CUDA here": (lambda folder: (*SMALL, "--device", "cuda:99"), "--device cuda:99.*try --device cpu"),
     "resume of a damaged checkpoint": (damaged_checkpoint, "cannot resume half.*start a new run"),
     "resume with other options": (lambda folder: ("--resume", "half", "--epochs", 9), "--resume takes no other option"),
     "sizes that are none": (lambda folder: ("--projector", "512-0"), "--projector"),
