@@ -93,14 +93,18 @@ def test_a_killed_run_resumes_to_the_same_numbers(folder, script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_ctrl_c_says_how_to_go_on(folder, script):
-    process = subprocess.Popen(command(script, *SMALL, "--epochs", 3000, "--out", "run"), cwd=folder,
-                               stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not (folder / "run" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(.01)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    process = subprocess.Popen(  # a job in the background would inherit an ignored SIGINT
+        command(script, *SMALL, "--epochs", 3000, "--out", "run"), cwd=folder, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    try:
+        while not (folder / "run" / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(.01)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     last = stderr.splitlines()[-1]
     assert process.returncode == 2 and "Traceback" not in stderr, stderr
     assert last.startswith(f"{script}: interrupted: nothing is lost") and "--resume" in last, stderr
