@@ -13,8 +13,8 @@ over Z (read by the forward; read, read and written by the backward). At (256, 8
 The floor on an H100 (67 TFLOP/s in fp32, 3.35 TB/s) is 24 us, of which the memory needs 10; at 100 GFLOP/s a laptop
 needs 16 ms.
 
-All is computed in fp32, also inside autocast: near the whitened optimum bf16 operands make the gradient 17-43 %
-wrong, tf32 2-5 % (measured), and fp16 flushes small covariances to 0. float64 stays float64, for gradcheck. (The
+All is computed in fp32, also inside autocast: near the whitened optimum bf16 operands make the gradient 16 % wrong
+or more (4096 x 512), tf32 a few per cent, and fp16 flushes small covariances to 0. float64 stays float64, for gradcheck. (The
 plain-torch path on a GPU obeys torch.backends.cuda.matmul.allow_tf32, off by default; the Triton path does not.)
 """
 from contextlib import nullcontext
@@ -49,8 +49,8 @@ def variance_covariance_reference(z, gamma=1.0, eps=1e-4):
 #
 # The Gram side subtracts the diagonal's part from the whole, and loses digits as far as the diagonal dominates.
 # rank(C) <= N-1 bounds that for columns of like variance: with 2N <= D by a factor of 2 at most, so the Gram side is
-# taken there and only there. (Whitened 4096 x 512 would come out 0.4-5 % wrong. So does one dimension x1000 at any
-# shape: then force side="covariance".)
+# taken there and only there. (Whitened 4096 x 512 would come out .2-.6 % wrong. One dimension x1000 does, .4-1.5 %,
+# at any shape: then force side="covariance". A test holds both.)
 #
 # Backward with upstream gradients g_v, g_k. d covariance/dC = 2 offdiag(C)/D, dC = (dZ^T Z_c + Z_c^T dZ)/(N-1), so
 #

@@ -50,6 +50,20 @@ def test_equals_the_released_form_in_float64(shape, side):
     assert all(e < 1e-10 for e in errors(got, truth)), errors(got, truth)
 
 
+def test_where_the_gram_side_loses_digits():
+    """Why "auto" leaves it at 2N > D (whitened embeddings) and why a side can be forced (one dimension x1000)."""
+    g = torch.Generator().manual_seed(0)
+    white = torch.linalg.qr(torch.randn(4096, 512, generator=g, dtype=torch.float64)).Q * 64
+    white += 1e-3 * torch.randn(white.shape, generator=g, dtype=torch.float64)
+    spike = torch.randn(64, 512, generator=g)
+    spike[:, 0] *= 1000
+    for z in (white.float(), spike):
+        truth = variance_covariance(z.double(), side="covariance")[1]
+        wrong = {side: ((variance_covariance(z, side=side)[1] - truth).abs() / truth).item()
+                 for side in ("gram", "covariance")}
+        assert wrong["gram"] > 1e-3 and wrong["covariance"] < 1e-5, wrong
+
+
 @pytest.mark.parametrize("side", ["auto", "gram", "covariance"])
 @pytest.mark.parametrize("shape", [(4, 9), (6, 6), (9, 4)])
 def test_gradcheck(shape, side):

@@ -244,9 +244,9 @@ def test_verdict_names_each_collapse():
     def say(*three):
         return vicreg.verdict(vicreg.collapse_panel(*three), min(three[0].shape))
     assert say(z, z + .1 * noise, z - .1 * noise).startswith("No collapse")
-    assert say(1 + 1e-3 * z, 1 + 1e-3 * z, 1 + 1e-3 * z).startswith("COLLAPSED")
-    assert say(1e-3 * z, 1e-3 * z, 1e-3 * z).startswith("COLLAPSED")
+    assert say(1 + 1e-3 * z, 1 + 1e-3 * z, 1 + 1e-3 * z).startswith("COLLAPSED, embeddings say next to nothing")
+    assert say(1e-3 * z, 1e-3 * z, 1e-3 * z).startswith("COLLAPSED, embeddings say next to nothing")
     assert say(white(12, 512), *2 * [white(12, 512)]).startswith("No collapse")                 # rank is at most 12
-    assert say(torch.ones(500, 64), *torch.ones(2, 500, 64)).startswith("COLLAPSED")
-    assert say(z, noise, white(500, 64, 2)).startswith("COLLAPSED")
+    assert say(torch.ones(500, 64), *torch.ones(2, 500, 64)).startswith("COLLAPSED, embeddings say next to nothing")
+    assert say(z, noise, white(500, 64, 2)).startswith("COLLAPSED, embeddings say next to nothing")
     assert say(line, line, line).startswith("DIMENSIONAL")
