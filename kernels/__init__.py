@@ -1,4 +1,6 @@
 """Fused losses for self-supervised learning: Triton on GPUs, plain torch everywhere else."""
 from .covariance import variance_covariance, variance_covariance_reference
+from .similarity import bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk
 
-__all__ = ["variance_covariance", "variance_covariance_reference"]
+__all__ = ["bank_cross_entropy", "bank_logsumexp", "bank_reference", "bank_repulsion", "bank_topk",
+           "variance_covariance", "variance_covariance_reference"]

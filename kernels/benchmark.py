@@ -1,29 +1,42 @@
 """Time and peak memory of kernels/ against the textbook and against a peer's form of the same loss.
 
-    python -m kernels.benchmark                        # some 3 minutes on 2 CPU cores; on a GPU seconds
-    python -m kernels.benchmark --sizes 256x8192 --repeats 9 --picture covariance.png
+    python -m kernels.benchmark                        # both kernels, some 6 minutes on 2 CPU cores; on a GPU seconds
+    python -m kernels.benchmark --covariance 256x8192 --bank --repeats 9 --pictures .
+    python -m kernels.benchmark --covariance --bank 256x200000x128
 
-Each row is forward + backward of variance + covariance at one size [N, D], fp32. Implementations take turns, so that a
-drift of the machine's speed meets all of them alike; medians are printed. Memory is the peak of what was allocated on
-top of the input. The floor is the larger of operations / measured matmul rate and bytes / measured copy rate, both
-measured in the same run. An implementation that disagrees with float64 is not timed: the run stops with exit code 2.
+Each row is forward + backward in fp32: of variance + covariance at one size [N, D], or of one loss of a batch [B, d]
+against a bank [N, d]. Implementations take turns, so that a drift of the machine's speed meets all of them alike;
+medians are printed. Memory is the peak of what was allocated on top of the input, gradients included. The floor is the
+larger of operations / measured matmul rate and bytes / measured copy rate, both measured in the same run. An
+implementation that disagrees with float64 is not timed: the run stops with exit code 2.
 """
 import argparse
 import statistics
 import sys
 import time
+from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from .covariance import triton, variance_covariance, variance_covariance_reference
+from .similarity import bank_cross_entropy, bank_logsumexp, bank_repulsion, bank_topk
 
-SIZES = [(64, 2048), (64, 8192), (256, 2048), (256, 8192), (2048, 2048), (4096, 512)]
+COVARIANCE = [(64, 2048), (64, 8192), (256, 2048), (256, 8192), (2048, 2048), (4096, 512)]
+BANK = [(64, 50_000, 128), (256, 200_000, 128)]
+TEMPERATURE = .1
+
+# forms {implementation: inputs -> loss}; the first form is the specification, the one named peer what the others are
+# compared with. trained: which of the inputs get a gradient. operations, bytes: the least that has to be done.
+Case = namedtuple("Case", "label inputs trained forms peer operations bytes")
 
 
+# ---- The peers' forms --------------------------------------------------------------------------------------
 def facebookresearch_form(z):
-    """variance, covariance with the operations of facebookresearch/vicreg, main_vicreg.py at 4e12602 (the peer)."""
+    """variance, covariance with the operations of facebookresearch/vicreg, main_vicreg.py at 4e12602."""
     n, d = z.shape
     z = z - z.mean(dim=0)
     variance = torch.relu(1 - torch.sqrt(z.var(dim=0) + 0.0001)).mean()
@@ -32,12 +45,77 @@ def facebookresearch_form(z):
     return variance, off_diagonal.pow_(2).sum() / d
 
 
-def step(function, z):
-    """Forward and backward of 25 variance + covariance; the gradient."""
-    z = z.detach().requires_grad_()
-    variance, covariance = function(z)
-    (25 * variance + covariance).backward()
-    return z.grad
+def moco_form(q, key, queue):
+    """InfoNCE with the operations of facebookresearch/moco, moco/builder.py: q, key [B, d]; queue [N, d]."""
+    positive = torch.einsum("nc,nc->n", q, key)[:, None]
+    negative = torch.einsum("nc,ck->nk", q, queue.T.clone().detach())                      # clones the queue each step
+    logits = torch.cat([positive, negative], dim=1) / TEMPERATURE                          # [B, 1 + N]
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+
+
+def moco_streamed(q, key, queue, impl):
+    positive = (q * key).sum(dim=1) / TEMPERATURE
+    return (torch.logaddexp(positive, bank_logsumexp(q, queue, TEMPERATURE, impl=impl)) - positive).mean()
+
+
+def all_pairs_form(bank):
+    """Mean squared positive cosine of different rows, N x N in memory."""
+    s = (bank @ bank.T).clamp(min=0)
+    return (s - torch.diag(torch.diagonal(s))).square().sum() / (len(bank) * (len(bank) - 1))
+
+
+# ---- Cases -------------------------------------------------------------------------------------------------
+def kernels_here(device):
+    return ["torch"] + ["triton"] * (device == "cuda" and triton is not None)
+
+
+def covariance_case(n, d, device):
+    def loss(form, z):
+        variance, covariance = form(z)
+        return 25 * variance + covariance
+    forms = {"textbook": variance_covariance_reference, "facebookresearch": facebookresearch_form,
+             **{impl: partial(variance_covariance, impl=impl) for impl in kernels_here(device)}}
+    z = torch.randn(n, d, device=device, generator=torch.Generator(device).manual_seed(0))
+    return Case(f"{n}, {d}", (z,), (True,), {name: partial(loss, form) for name, form in forms.items()},
+                "facebookresearch", 3 * n * d * min(n, d), 16 * n * d)
+
+
+def bank_cases(b, n, d, device):
+    """Cross-entropy with the bank detached and trained, MoCo's loss, the repulsion of N / 10 rows, top-k."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, key, bank = (F.normalize(torch.randn(rows, d, device=device, generator=generator)) for rows in (b, b, n))
+    target = torch.randint(n, (b,), device=device, generator=generator)
+    half = bank[:n // 10].clone()
+    itself = torch.arange(len(half), device=device)
+    impls, size = kernels_here(device), f"{b}, {n}, {d}"
+    def textbook(q, bank):
+        return F.cross_entropy(q @ bank.T / TEMPERATURE, target)
+    def nearest(q, bank):
+        return (q @ bank.T).topk(5)[0].sum()
+    streamed = {impl: partial(bank_cross_entropy, target=target, temperature=TEMPERATURE, impl=impl) for impl in impls}
+    product, rows = 2 * b * n * d, 4 * n * d
+    yield Case(f"{size} cross-entropy, bank detached", (q, bank), (True, False), {"textbook": textbook, **streamed},
+               "textbook", 2 * product, rows)
+    yield Case(f"{size} cross-entropy, bank trained", (q, bank), (True, True), {"textbook": textbook, **streamed},
+               "textbook", 3 * product, 3 * rows)
+    yield Case(f"{size} MoCo's loss with its queue", (q, key, bank), (True, False, False),
+               {"facebookresearch/moco": moco_form, **{impl: partial(moco_streamed, impl=impl) for impl in impls}},
+               "facebookresearch/moco", 2 * product, rows)
+    yield Case(f"{n // 10}, {d} repulsion, all pairs", (half,), (True,), {"textbook": all_pairs_form, **{
+        impl: lambda x, impl=impl: bank_repulsion(x, x, itself, impl=impl) for impl in impls}},
+        "textbook", 4 * len(half) ** 2 * d, 8 * len(half) * d)
+    topk = {"textbook": nearest, "torch": lambda q, bank: bank_topk(q, bank, 5)[0].sum()}
+    yield Case(f"{size} 5 nearest, no gradient", (q, bank), (False, False), topk, "textbook", product, rows)
+
+
+# ---- Measuring ---------------------------------------------------------------------------------------------
+def step(form, case, inputs=None):
+    """Forward and, where an input is trained, backward: the loss and the gradients."""
+    inputs = [x.detach().requires_grad_(wanted) for x, wanted in zip(inputs or case.inputs, case.trained)]
+    loss = form(*inputs)
+    if any(case.trained):
+        loss.backward()
+    return [loss.detach()] + [x.grad for x, wanted in zip(inputs, case.trained) if wanted]
 
 
 def seconds(call, device):
@@ -79,92 +157,97 @@ def machine_rates(device):
     return 2 * n ** 3 / median(lambda: torch.mm(a, a, out=b)), 2 * c.nbytes / median(lambda: d.copy_(c))
 
 
-def floor(n, d, operations_rate, bytes_rate):
-    """Seconds below which no forward + backward can go: 3 N D min(N, D) operations, 4 passes over fp32 Z."""
-    return max(3 * n * d * min(n, d) / operations_rate, 16 * n * d / bytes_rate)
+def check(case):
+    """Losses and gradients of every form against float64; also the warm-up."""
+    specification = next(iter(case.forms.values()))
+    truth = step(specification, case, [x.double() for x in case.inputs])
+    def errors(form):
+        return [((got.double() - t).norm() / t.norm()).item() for got, t in zip(step(form, case), truth)]
+    for name, form in case.forms.items():
+        for error, reference in zip(errors(form), errors(specification)):
+            if not error <= min(max(4 * reference, 1e-6), 1e-3):
+                print(f"{name} disagrees with float64 at {case.label}: error {error:.1e}, the fp32 textbook's is "
+                      f"{reference:.1e}; not timed", file=sys.stderr)
+                sys.exit(2)
 
 
-def check(name, function, z, truth, reference_error):
-    error = ((step(function, z).double() - truth).norm() / truth.norm()).item()
-    if not error <= min(max(4 * reference_error, 1e-6), 1e-3):
-        print(f"{name} disagrees with float64 at {list(z.shape)}: gradient error {error:.1e}, the fp32 reference's is "
-              f"{reference_error:.1e}; not timed", file=sys.stderr)
-        sys.exit(2)
-
-
-def measure(n, d, device, repeats):
-    """{implementation: (median seconds, peak bytes)} at one size, the implementations in turn."""
-    z = torch.randn(n, d, device=device, generator=torch.Generator(device).manual_seed(0))
-    contenders = {"reference": variance_covariance_reference, "facebookresearch": facebookresearch_form,
-                  "torch": lambda z: variance_covariance(z, impl="torch")}
-    if device == "cuda" and triton is not None:
-        contenders["triton"] = lambda z: variance_covariance(z, impl="triton")
-    truth = step(variance_covariance_reference, z.double())
-    reference_error = ((step(variance_covariance_reference, z).double() - truth).norm() / truth.norm()).item()
-    for name, function in contenders.items():
-        check(name, function, z, truth, reference_error)       # also the warm-up
-    times = {name: [] for name in contenders}
+def measure(case, device, repeats):
+    """{implementation: (median seconds, peak bytes)}, the implementations in turn."""
+    check(case)
+    times = {name: [] for name in case.forms}
     for _ in range(repeats):
-        for name, function in contenders.items():
-            times[name].append(seconds(lambda: step(function, z), device))
-    return {name: (statistics.median(times[name]), peak_memory(lambda: step(function, z), device))
-            for name, function in contenders.items()}
+        for name, form in case.forms.items():
+            times[name].append(seconds(lambda: step(form, case), device))
+    return {name: (statistics.median(times[name]), peak_memory(lambda: step(form, case), device))
+            for name, form in case.forms.items()}
 
 
+# ---- Output ------------------------------------------------------------------------------------------------
 def draw(rows, path, where):
-    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    """Bars of time and memory for (case, result, floor) rows."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
-    names = list(rows[0][2])
+    names = list(dict.fromkeys(name for _, result, _ in rows for name in result))
     panels = (axes[0], 0, 1e3, "forward + backward, ms"), (axes[1], 1, 2 ** -20, "extra memory, MiB")
     for axis, k, scale, label in panels:
         for i, name in enumerate(names):
-            x = [r + (i - (len(names) - 1) / 2) * .8 / len(names) for r in range(len(rows))]
-            axis.bar(x, [result[name][k] * scale for *_, result, _ in rows], .8 / len(names), label=name)
-        axis.set(yscale="log", ylabel=label, xticks=range(len(rows)), xticklabels=[f"{n}\n{d}" for n, d, *_ in rows])
-        axis.set_xlabel("batch N over dimension D")
+            here = [r for r, (_, result, _) in enumerate(rows) if name in result]
+            x = [r + (i - (len(names) - 1) / 2) * .8 / len(names) for r in here]
+            axis.bar(x, [rows[r][1][name][k] * scale for r in here], .8 / len(names), label=name)
+        labels = [case.label.replace(", ", "\n", 2).replace(" ", "\n", 1) for case, *_ in rows]
+        axis.set(yscale="log", ylabel=label, xticks=range(len(rows)))
+        axis.set_xticklabels(labels, fontsize=7)
     for r, (*_, least) in enumerate(rows):
         axes[0].hlines(least * 1e3, r - .4, r + .4, color="black", label=None if r else "floor")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    figure.suptitle(f"Variance + covariance loss, {where}", fontsize=10)
+    figure.suptitle(f"{path.stem}, {where}", fontsize=10)
     figure.savefig(path, dpi=120)
     print(f"picture: {path}")
 
 
-def size(text):
+def size(text, axes):
     """256x8192 -> (256, 8192)"""
-    n, d = map(int, text.split("x"))
-    if n < 2 or d < 1:
+    numbers = tuple(map(int, text.split("x")))
+    if len(numbers) != axes or min(numbers) < 2 or (axes == 3 and numbers[1] < 100):
         raise ValueError
-    return n, d
+    return numbers
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--sizes", nargs="+", metavar="NxD", type=size, default=SIZES, help="what to time")
+    parser.add_argument("--covariance", nargs="*", metavar="NxD", type=partial(size, axes=2), default=COVARIANCE,
+                        help="sizes for the variance + covariance loss; nothing after it: none")
+    parser.add_argument("--bank", nargs="*", metavar="BxNxd", type=partial(size, axes=3), default=BANK,
+                        help="sizes for the memory-bank similarity, N at least 100; nothing after it: none")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each; the median counts (default 5)")
-    parser.add_argument("--picture", default="covariance_benchmark.png", help="where the picture goes")
+    parser.add_argument("--pictures", type=Path, help="folder for covariance.png and bank.png; not given: no pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
-    if args.repeats < 1 or not Path(args.picture).parent.is_dir():
-        parser.error("--repeats must be at least 1, and the folder of --picture must exist")
+    if args.repeats < 1 or (args.pictures and not args.pictures.is_dir()):
+        parser.error("--repeats must be at least 1, and the folder of --pictures must exist")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device here")
     operations_rate, bytes_rate = machine_rates(args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     where = f"{name}, torch {torch.__version__}"
     print(f"{where}: {operations_rate / 1e9:.0f} GFLOP/s fp32 matmul, {bytes_rate / 1e9:.1f} GB/s copy")
-    print(f"{'N, D':>12}  {'implementation':<17}"
-          f"{'ms':>10}{'faster':>9}{'floor':>8}{'MiB':>10}{'less':>7}{'x input':>9}")
-    rows = []
-    for n, d in args.sizes:
-        result, least = measure(n, d, args.device, args.repeats), floor(n, d, operations_rate, bytes_rate)
-        rows.append((n, d, result, least))
-        peer_time, peer_memory = result["facebookresearch"]
-        for name, (t, m) in result.items():
-            print(f"{f'{n}, {d}':>12}  {name:<17}{t * 1e3:10.2f}{peer_time / t:8.1f}x{t / least:7.1f}x"
-                  f"{m / 2 ** 20:10.1f}{peer_memory / m:6.1f}x{m / (4 * n * d):8.1f}x", flush=True)
-    print("faster, less: against facebookresearch's form in this run; floor: time over the floor at this size")
-    draw(rows, args.picture, where)
+    print(f"{'':44} {'implementation':<22}"
+          f"{'ms':>9}{'faster':>9}{'floor':>8}{'MiB':>9}{'less':>8}{'x input':>9}")
+    for kernel, cases in (("covariance", (covariance_case(*shape, args.device) for shape in args.covariance)),
+                          ("bank", (case for shape in args.bank for case in bank_cases(*shape, args.device)))):
+        rows = []
+        for case in cases:
+            result = measure(case, args.device, args.repeats)
+            least = max(case.operations / operations_rate, case.bytes / bytes_rate)
+            rows.append((case._replace(inputs=None, forms=None), result, least))
+            peer_time, peer_memory = result[case.peer]
+            entered = sum(x.nbytes for x in case.inputs)
+            for name, (t, m) in result.items():
+                print(f"{case.label:>44} {name:<22}{t * 1e3:9.2f}{peer_time / t:8.2f}x{t / least:7.1f}x"
+                      f"{m / 2 ** 20:9.1f}{peer_memory / max(m, 1):7.1f}x{m / entered:8.2f}x", flush=True)
+        if args.pictures and rows:
+            draw(rows, args.pictures / f"{kernel}.png", where)
+    print("faster, less: against the peer's form in this run, else the textbook's; floor: time over the floor")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ The floor on an H100 (67 TFLOP/s in fp32, 3.35 TB/s) is 24 us, of which the memo
 needs 16 ms.
 
 All is computed in fp32, also inside autocast: near the whitened optimum bf16 operands make the gradient 16 % wrong
-or more (4096 x 512), tf32 a few per cent, and fp16 flushes small covariances to 0. float64 stays float64, for gradcheck. (The
-plain-torch path on a GPU obeys torch.backends.cuda.matmul.allow_tf32, off by default; the Triton path does not.)
+or more (4096 x 512), tf32 a few per cent, and fp16 flushes small covariances to 0. float64 stays float64, for
+gradcheck. (The plain-torch path on a GPU obeys torch.backends.cuda.matmul.allow_tf32, off by default; the Triton path
+does not.)
 """
 from contextlib import nullcontext
 

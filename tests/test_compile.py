@@ -17,37 +17,48 @@ import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import covariance as c
+from kernels import covariance as c, similarity
 
 KERNELS = {  # what is constant at launch, strides of 1 included
     "_column_stats": dict(constants=dict(stride_d=1, BLOCK_N=256, BLOCK_D=16)),
     "_product, Gram": dict(constants=dict(stride_l=1, GRAM=True, BLOCK=c.BLOCK, BLOCK_K=c.BLOCK_K)),
     "_product, covariance": dict(constants=dict(stride_n=1, GRAM=False, BLOCK=c.BLOCK, BLOCK_K=c.BLOCK_K)),
     "_fold": dict(constants=dict(HOLLOW=True, BLOCK=c.FOLD)),
-    "_fold, D = 1": dict(constants=dict(n=1, size=1, splits=1, HOLLOW=True, BLOCK=c.FOLD)),      # Triton makes 1 a constant
+    "_fold, D = 1": dict(constants=dict(n=1, size=1, splits=1, HOLLOW=True, BLOCK=c.FOLD)),    # 1 becomes a constant
     "_column_stats, D = 1": dict(constants=dict(stride_n=1, stride_d=1, D=1, BLOCK_N=256, BLOCK_D=16)),
     "_gradient, Gram": dict(constants=dict(stride_l=1, out_l=1, GRAM=True, BLOCK=c.BLOCK, BLOCK_K=c.BLOCK_K)),
     "_gradient, covariance": dict(constants=dict(stride_n=1, out_n=1, GRAM=False, BLOCK=c.BLOCK, BLOCK_K=c.BLOCK_K)),
 }
-POINTERS = {"z", "x", "mean", "var", "partial", "m", "squares", "scale", "a", "dx"}
+for d in (1, 128):                                     # the smallest tiles and the largest
+    tiles = {k: v for k, v in similarity._tiles(d).items() if k not in ("PRECISION", "num_warps", "num_stages")}
+    tiles |= dict(stride_qd=1, stride_md=1) | (dict(d=1, B=1) if d == 1 else {})
+    for softmax in (True, False):
+        kind = f"d = {d}, {'softmax' if softmax else 'repulsion'}"
+        flags = dict(SOFTMAX=softmax, EXCLUDE=d > 1)
+        KERNELS[f"_slab, {kind}"] = dict(constants=dict(OUTPUT=d > 1, **flags, **tiles))
+        KERNELS[f"_bank_rows, {kind}"] = dict(constants=dict(TARGET=softmax, **flags, **tiles))
+INPUTS, INDICES = {"z", "x", "q", "bank"}, {"exclude", "target"}
+POINTERS = {"mean", "var", "partial", "m", "squares", "scale", "a", "dx", "top", "total", "out", "value", "g", "dm"}
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
 
 def compile(name, options, target, dtype):
-    kernel = getattr(c, name.split(",")[0])
+    module = c if hasattr(c, name.split(",")[0]) else similarity
+    kernel = getattr(module, name.split(",")[0])
     constants = dict(options["constants"])
     if "PRECISION" in kernel.arg_names:
-        constants["PRECISION"] = "ieee" if target.backend == "hip" else "tf32x3"      # as covariance.PRECISION chooses
+        constants["PRECISION"] = "ieee" if target.backend == "hip" else "tf32x3"      # as the modules choose
     signature, hints = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
         else:
-            pointer = "*" + (dtype if argument in ("z", "x") else "fp32")
-            signature[argument] = pointer if argument in POINTERS else "i32"
+            signature[argument] = ("*" + dtype if argument in INPUTS else "*i64" if argument in INDICES else
+                                   "*fp32" if argument in POINTERS else "i32")
             hints[i,] = [["tt.divisibility", 16]]                              # else loads are narrow
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, hints)
-    launch = c.LAUNCH if "PRECISION" in constants else {}
+    launch = {k: similarity._tiles(16)[k] for k in ("num_warps", "num_stages")} if module is similarity else (
+        c.LAUNCH if "PRECISION" in constants else {})
     return triton.compile(source, target=target, options=launch)
 
 rows = []
@@ -87,12 +98,12 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("target", SHARED_LIMIT)
 def test_fits_the_chip_without_spills(compiled, target):
     rows = [row for row in compiled if row["target"] == target]
-    assert len(rows) == 16
+    assert len(rows) == 32
     assert all(row["shared"] <= SHARED_LIMIT[target] and row["spilled"] == 0 for row in rows), rows
 
 
 @pytest.mark.parametrize("target, instruction", [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("gfx942", "v_mfma_f32")])
 def test_products_run_on_tensor_cores(compiled, target, instruction):
-    rows = [row for row in compiled if row["target"] == target and row["kernel"].startswith(("_product", "_gradient"))]
-    assert len(rows) == 8
+    rows = [row for row in compiled if row["target"] == target and not row["kernel"].startswith(("_column", "_fold"))]
+    assert len(rows) == 24
     assert all(any(i.startswith(instruction) for i in row["tensor_cores"]) for row in rows), rows

@@ -1,0 +1,193 @@
+"""kernels/similarity.py against float64: values, gradients for every combination of requires_grad, memory."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.benchmark import peak_memory
+from kernels.similarity import (bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk,
+                                triton)
+
+SHAPES = [(1, 1, 1), (1, 7, 3), (5, 130, 16), (33, 65, 20), (70, 64, 33), (17, 600, 5), (40, 90, 150)]     # B, N, d
+IMPLS = ["torch"] + ["triton"] * (triton is not None)
+
+
+def unit(n, d, seed=0, device="cpu"):
+    return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed))).to(device)
+
+
+def indices(b, n, device="cpu"):
+    """A target and another row to exclude for each query."""
+    target = torch.arange(b, device=device) * 7 % n
+    return target, (target + 1) % n if n > 1 else None
+
+
+def reference(name):
+    def function(q, bank, target, exclude, temperature):
+        lse, cross_entropy, repulsion = bank_reference(q, bank, temperature, target, exclude)
+        return {"logsumexp": lse.mean(), "cross_entropy": cross_entropy, "repulsion": repulsion}[name]
+    return function
+
+
+def streamed(name, impl):
+    def function(q, bank, target, exclude, temperature):
+        if name == "logsumexp":
+            return bank_logsumexp(q, bank, temperature, exclude, impl=impl).mean()
+        if name == "cross_entropy":
+            return bank_cross_entropy(q, bank, target, temperature, exclude, impl=impl)
+        return bank_repulsion(q, bank, exclude, impl=impl)
+    return function
+
+
+def run(function, q, bank, *options, wanted=(True, True), upstream=-1.7):
+    q, bank = (x.detach().requires_grad_(want) for x, want in zip((q, bank), wanted))
+    value = function(q, bank, *options)
+    if any(wanted):
+        value.backward(torch.full_like(value, upstream))
+    return value.detach(), q.grad, bank.grad
+
+
+def error(got, truth):
+    return ((got.double() - truth).norm() / (truth.norm() if truth.norm() else 1)).item()
+
+
+def nan_padded(x):
+    storage = torch.full((x.shape[0] + 3, x.shape[1] + 5), torch.nan, dtype=x.dtype, device=x.device)
+    storage[1:-2, 2:-3] = x
+    return storage[1:-2, 2:-3]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["logsumexp", "cross_entropy", "repulsion"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_error_is_at_most_twice_that_of_the_fp32_reference(shape, name, impl, leave_out, device, nan_poisoned):
+    b, n, d = shape
+    target, exclude = indices(b, n, device)
+    if leave_out and exclude is None:
+        pytest.skip("one row cannot be left out of one")
+    ours, theirs = [], []
+    for seed in range(4):
+        q, bank = unit(b, d, seed, device), unit(n, d, seed + 10, device)
+        options = target, exclude if leave_out else None, .1
+        truth = run(reference(name), q.double(), bank.double(), *options)
+        ours.append([error(g, t) for g, t in zip(run(streamed(name, impl), nan_padded(q), nan_padded(bank), *options),
+                                                 truth)])
+        theirs.append([error(g, t) for g, t in zip(run(reference(name), q, bank, *options), truth)])
+    ours, theirs = (torch.tensor(e).square().mean(0).sqrt() for e in (ours, theirs))               # rms over seeds
+    assert (ours <= 2 * theirs.clamp(min=2 ** -23)).all(), (ours, theirs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["logsumexp", "cross_entropy", "repulsion"])
+@pytest.mark.parametrize("wanted", [(False, False), (True, False), (False, True), (True, True)])
+def test_each_combination_of_requires_grad(name, impl, wanted):
+    q, bank = unit(9, 8), unit(50, 8, 1)
+    options = *indices(9, 50), .2
+    truth = run(reference(name), q.double(), bank.double(), *options)
+    got = run(streamed(name, impl), q, bank, *options, wanted=wanted)
+    for g, t, want in zip(got, truth, (True, *wanted)):
+        assert (g is not None) == want and (not want or error(g, t) < 3e-6)
+
+
+@pytest.mark.parametrize("name", ["logsumexp", "cross_entropy", "repulsion"])
+def test_gradcheck(name):
+    q, bank = (x.double().requires_grad_() for x in (unit(4, 3), unit(6, 3, 1)))
+    assert torch.autograd.gradcheck(lambda q, bank: streamed(name, "torch")(q, bank, *indices(4, 6), .3), (q, bank))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["logsumexp", "repulsion"])
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_all_pairs_of_one_tensor(name, impl, leave_out):
+    """q and bank the same tensor: the gradient is the sum of both roles'."""
+    bank = unit(70, 6)
+    exclude = torch.arange(70) if leave_out else None
+    def gradient(function, x):
+        x = x.detach().requires_grad_()
+        function(x, x, None, exclude, .2).backward()
+        return x.grad
+    assert error(gradient(streamed(name, impl), bank), gradient(reference(name), bank.double())) < 3e-6
+
+
+def test_reference_is_the_textbook():
+    q, bank, (target, _) = unit(6, 4).double(), unit(9, 4, 1).double(), indices(6, 9)
+    lse, cross_entropy, repulsion = bank_reference(q, bank, .1, target)
+    assert torch.allclose(cross_entropy, F.cross_entropy(q @ bank.T / .1, target))
+    assert torch.allclose(repulsion, (q @ bank.T).clamp(min=0).square().mean())
+    assert torch.allclose(lse, torch.logsumexp(q @ bank.T / .1, 1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("temperature", [.01, .003])
+def test_low_temperatures_duplicates_and_collapsed_banks(impl, temperature):
+    q = unit(5, 8)
+    for bank in (q.repeat(30, 1), unit(1, 8, 1).expand(150, 8), -q[:1].expand(150, 8)):
+        truth = run(reference("cross_entropy"), q.double(), bank.double(), *indices(5, 150), temperature)
+        got = run(streamed("cross_entropy", impl), q, bank, *indices(5, 150), temperature)
+        assert all(g.isfinite().all() for g in got)
+        assert (got[0].double() - truth[0]).abs() < 1e-6 / temperature
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_input_is_accumulated_in_fp32(impl, dtype):
+    q, bank, options = unit(9, 16).to(dtype), unit(80, 16, 1).to(dtype), (*indices(9, 80), .1)
+    truth = run(reference("cross_entropy"), q.double(), bank.double(), *options)
+    value, dq, dm = run(streamed("cross_entropy", impl), q, bank, *options)
+    assert value.dtype == torch.float32 and dq.dtype == dm.dtype == dtype
+    assert error(value, truth[0]) < 1e-6 and max(error(dq, truth[1]), error(dm, truth[2])) < torch.finfo(dtype).eps
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(streamed("cross_entropy", impl), q, bank, *options)[1], dq)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_runs_agree_to_the_bit(impl):
+    runs = [run(streamed("cross_entropy", impl), unit(20, 8), unit(300, 8, 1), *indices(20, 300), .1) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("b, n, k", [(1, 1, 1), (3, 10, 10), (40, 20_000, 5)])
+def test_topk_is_exact(b, n, k):
+    q, bank = unit(b, 8), unit(n, 8, 1)
+    values, rows = bank_topk(q, bank, k)
+    truth = (q @ bank.T).topk(k)
+    torch.testing.assert_close(values, truth.values)
+    torch.testing.assert_close((q[:, None] * bank[rows]).sum(2), truth.values)
+    assert all(len(set(row.tolist())) == k for row in rows)
+
+
+def test_memory_grows_with_the_bank_not_with_batch_times_bank():
+    """Detached: the same at any N. Trained: the bank's gradient beside it. Either below 5 % of one B x N matrix."""
+    q, function = unit(64, 16), streamed("cross_entropy", "torch")
+    sizes = (50_000, 100_000, 200_000, 400_000)
+    bank = unit(sizes[-1], 16, 1)
+    def peak(n, wanted):
+        return peak_memory(lambda: run(function, q, bank[:n], *indices(64, n), .1, wanted=wanted))
+    detached, trained = ([peak(n, wanted) for n in sizes] for wanted in ((True, False), (True, True)))
+    assert max(detached) < 1.01 * min(detached) and detached[-1] < .05 * 4 * 64 * sizes[-1]
+    for n, whole, fixed in zip(sizes, trained, detached):
+        assert whole - 4 * 16 * n < 1.1 * fixed
+
+
+def test_bad_input_is_named():
+    q, bank = unit(4, 8), unit(6, 8)
+    for call, words in [
+            (lambda: bank_logsumexp(q, unit(6, 7), .1), r"\[4, 8\] and bank \[6, 7\]"),
+            (lambda: bank_logsumexp(q, bank, 0), "temperature 0"),
+            (lambda: bank_logsumexp(q.long(), bank, 1), "int64"),
+            (lambda: bank_cross_entropy(q, bank, torch.tensor([0, 1, 2, 6]), 1), "rows 0 to 6: the bank's are 0 to 5"),
+            (lambda: bank_logsumexp(q, bank, 1, torch.tensor([0, -1, 2, 5])), "exclude has rows -1 to 5"),
+            (lambda: bank_topk(q, unit(6, 7), 2), r"\[4, 8\] and bank \[6, 7\]"),
+            (lambda: bank_cross_entropy(q, bank, torch.zeros(3, dtype=torch.int64), 1), r"target must be int64 \[4\]"),
+            (lambda: bank_repulsion(q, bank, torch.zeros(4)), "exclude must be int64"),
+            (lambda: bank_repulsion(q, bank[:1], torch.zeros(4, dtype=torch.int64)), "one row"),
+            (lambda: bank_repulsion(q, bank, impl="cuda"), "impl='cuda'"),
+            (lambda: bank_topk(q, bank, 7), "k = 7.*6 rows")]:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_a_double_backward_says_there_is_none():
+    q = unit(4, 8).requires_grad_()
+    with pytest.raises(RuntimeError, match="no double backward"):
+        torch.autograd.grad(bank_repulsion(q, unit(6, 8)), q, create_graph=True)
