@@ -38,7 +38,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from tqdm import tqdm
 
-from kernels import variance_covariance
+from kernels import bank_topk, variance_covariance
 
 
 # ==== The method ============================================================================================
@@ -240,13 +240,10 @@ def encode(function, *stacks):
 
 def knn_accuracy(h, y, h_test, y_test, k=5, temperature=.07):
     """The k nearest of h [N, E] by cosine vote exp(cosine / temperature) for their class. Exact."""
-    h, correct = F.normalize(h), 0
-    for test, truth in zip(F.normalize(h_test).split(1024), y_test.split(1024)):
-        similarity, row = (test @ h.T).topk(min(k, len(h)))          # [m, k] each
-        votes = torch.zeros(len(test), int(y.max()) + 1)
-        votes.scatter_add_(1, y[row], (similarity / temperature).exp())
-        correct += (votes.argmax(1) == truth).sum().item()
-    return correct / len(h_test)
+    similarity, row = bank_topk(F.normalize(h_test), F.normalize(h), min(k, len(h)))     # [n, k] each
+    votes = torch.zeros(len(h_test), int(y.max()) + 1)
+    votes.scatter_add_(1, y[row], (similarity / temperature).exp())
+    return (votes.argmax(1) == y_test).double().mean().item()
 
 
 def probe(data, h, h_test):
@@ -303,11 +300,13 @@ def die(message):
 
 def train(model, optimizer, data, args, folder, state):
     """Minimise the sum of model(view1, view2, index)'s terms; a checkpoint and a line of metrics an epoch."""
-    device, history, steps = data.images.device, [], len(data.images) // args.batch
+    device, history, samples = data.images.device, [], args.batch * args.accumulate
+    steps = len(data.images) // samples
     generator = torch.Generator(device).manual_seed(args.seed)       # order, poses, light and noise
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     total, warmup = args.epochs * steps, max(1, args.epochs * steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(        # linear up, cosine down
+    peak = (samples / 128) ** .5                                     # Adam's noise scale: arXiv 2205.10287
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: peak * min( # linear up, cosine down
         (step + 1) / warmup, .5 + .5 * math.cos(math.pi * max(0, step - warmup) / max(1, total - warmup))))
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     if state:
@@ -331,23 +330,25 @@ def train(model, optimizer, data, args, folder, state):
         for epoch in range(len(history) + 1, args.epochs + 1):
             model.train()
             sums = defaultdict(float)
-            order = torch.randperm(len(data.images), generator=generator, device=device)[:steps * args.batch]
-            for step, index in enumerate(order.view(steps, args.batch)):
-                views = two_views(data.images[index], generator)
-                with torch.autocast(device.type, precision, enabled=precision is not None):
-                    terms, notes = forward(*views, index)
-                loss = sum(terms.values())
+            order = torch.randperm(len(data.images), generator=generator, device=device)[:steps * samples]
+            for step, indices in enumerate(order.view(steps, args.accumulate, args.batch)):
                 optimizer.zero_grad()
-                scaler.scale(loss).backward()
+                for index in indices:
+                    views = two_views(data.images[index], generator)
+                    with torch.autocast(device.type, precision, enabled=precision is not None):
+                        terms, notes = forward(*views, index)
+                    loss = sum(terms.values())
+                    scaler.scale(loss / args.accumulate).backward()
+                    for name, value in {"loss": loss, **terms, **notes}.items():
+                        sums[name] += value.detach() if torch.is_tensor(value) else value
                 scaler.step(optimizer)
                 scaler.update()
                 schedule.step()
-                for name, value in {"loss": loss, **terms, **notes}.items():
-                    sums[name] += value.detach() if torch.is_tensor(value) else value
                 bar.update()
                 if step % 10 == 0:
                     bar.set_postfix({name: f"{term.item():.3g}" for name, term in terms.items()}, False)
-            line = {"epoch": epoch, **{name: float(value) / steps for name, value in sums.items()}}
+            batches = steps * args.accumulate
+            line = {"epoch": epoch, **{name: float(value) / batches for name, value in sums.items()}}
             if not math.isfinite(line["loss"]):
                 bar.close()
                 die(f"the loss is {line['loss']} in epoch {epoch}: start anew, lower --lr, another --out")
@@ -368,7 +369,8 @@ def draw_pictures(history, h_test, labels, baselines, folder):
     right.plot(epochs, [line.get("knn", math.nan) for line in history], "o", label="trained encoder")
     for (name, (knn, _)), style in zip(baselines.items(), ("--", ":")):
         right.axhline(knn, color="gray", ls=style, label=name)
-    left.set(yscale="log", xlabel="epoch", ylabel="mean over the epoch")
+    left.set_yscale("symlog", linthresh=.01)                         # logarithmic, but for terms that cross 0
+    left.set(xlabel="epoch", ylabel="mean over the epoch")
     right.set(xlabel="epoch", ylabel="k-NN accuracy on test features", xlim=(0, None), ylim=(0, 1))
     for axis in (left, right):
         axis.legend(fontsize=8)
@@ -385,7 +387,7 @@ def draw_pictures(history, h_test, labels, baselines, folder):
 
 
 def report(model, data, baselines, history, folder):
-    """Probe, panel, pictures, encoder.pt and features.npz of the trained model; prints how every run ends."""
+    """Probe, panel, pictures, encoder.pt, features.npz, report.json; prints how every run ends."""
     encoder = model.eval().encoder
     h, h_test = encode(encoder, data.images, data.test_images)
     rows = subset(len(h_test))
@@ -397,9 +399,12 @@ def report(model, data, baselines, history, folder):
     labels = {} if data.labels is None else {"train_labels": data.labels, "test_labels": data.test_labels}
     np.savez(folder / "features.npz", train_features=h, test_features=h_test, **labels)
     draw_pictures(history, h_test[rows], None if not labels else data.test_labels[rows], baselines, folder)
+    probes = {**baselines, "trained encoder": probe(data, h, h_test)}
+    whole = {"k-NN, linear": probes, "panel": panels}
+    (folder / "report.json").write_text(json.dumps(whole, indent=1) + "\n")
     if data.labels is not None:
         print(f"\n{'':16}{'k-NN':>8}{'linear':>8}")
-        for name, (knn, linear) in {**baselines, "trained encoder": probe(data, h, h_test)}.items():
+        for name, (knn, linear) in probes.items():
             print(f"{name:16}{knn:8.3f}{linear:8.3f}")
     print(f"\n{'':11}" + "".join(f"{name:>14}" for name in panels["encoder h"]))
     for name, panel in panels.items():
@@ -415,9 +420,10 @@ def options(description, **defaults):
     parser.error, add = die, parser.add_argument
     add("--data", default="digits", help="digits, digits3d, or a .npz file in MedMNIST's layout")
     add("--imbalance", type=float, default=1., help="thin training classes: largest / smallest")
-    add("--batch", type=int, help="images a step; an incomplete last batch is dropped")
+    add("--batch", type=int, help="images at a time; what is left over after the last step is dropped")
     add("--epochs", type=int, help="passes over the training images")
-    add("--lr", type=float, help="peak learning rate of AdamW; 10 %% warm-up, then cosine to 0")
+    add("--accumulate", type=int, default=1, help="batches whose gradients are averaged for one step")
+    add("--lr", type=float, help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
     add("--width", type=int, default=16, help="channels of the encoder's stem; features are 8 x this")
     add("--depth", type=int, default=1, help="residual blocks in each of three stages")
     add("--seed", type=int, default=0, help="of weights, order and views; not of the data")
@@ -445,14 +451,14 @@ def begin(parser, least_batch=1):
         except Exception as error:                                   # missing, cut short, not a checkpoint
             die(f"cannot resume {folder}, its last.pt is no whole checkpoint ({error}): start a new run")
         args = argparse.Namespace(**state["config"])
-    least = {"batch": least_batch, "epochs": 1, "lr": 0, "seed": 0, "width": 1, "depth": 1, "imbalance": 1}
+    least = dict(batch=least_batch, accumulate=1, epochs=1, lr=0, seed=0, width=1, depth=1, imbalance=1)
     for name, bound in least.items():
         if not getattr(args, name) >= bound:
             die(f"--{name} {getattr(args, name)} is too small: it must be at least {bound} here")
     data = load_data(args.data, args.imbalance)
-    if args.batch > len(data.images) or len(data.test_images) < 4:
-        die(f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images: "
-            f"--batch {args.batch} needs as many of the first, the collapse panel 4 of the second")
+    if max(2, args.batch * args.accumulate) > len(data.images) or len(data.test_images) < 4:
+        die(f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images: --batch "
+            f"{args.batch} x {args.accumulate} needs as many of the first, the panel 4 of the second")
     if args.amp != "off" and args.device == "cpu" and data.images.ndim == 5:
         die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
     try:
