@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+import icone
 import vicreg
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"vicreg.py": vicreg}
-FILES = {"config.json", "curves.png", "embedding.png", "encoder.pt", "features.npz", "last.pt", "metrics.jsonl"}
+SCRIPTS = {"vicreg.py": vicreg, "icone.py": icone}
+ROOMS = ["vicreg.py"]                                    # stands for all where only rooms that all share are at work
+FILES = {"config.json", "curves.png", "embedding.png", "encoder.pt", "features.npz", "last.pt", "metrics.jsonl",
+         "report.json"}
 SMALL = "--data small.npz --batch 8 --epochs 3 --width 4".split()
 
 
@@ -91,7 +94,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(folder, script):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ROOMS)
 def test_ctrl_c_says_how_to_go_on(folder, script):
     process = subprocess.Popen(  # a job in the background would inherit an ignored SIGINT
         command(script, *SMALL, "--epochs", 3000, "--out", "run"), cwd=folder, stderr=subprocess.PIPE, text=True,
@@ -110,7 +113,7 @@ def test_ctrl_c_says_how_to_go_on(folder, script):
     assert last.startswith(f"{script}: interrupted: nothing is lost") and "--resume" in last, stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ROOMS)
 def test_a_loss_that_is_not_finite_ends_the_run(folder, script):
     done = run(folder, script, *SMALL, "--lr", 1e30)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
@@ -127,7 +130,7 @@ def test_colour_images_and_volumes(folder, script, shape, extra):
     assert "trained encoder" in done.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ROOMS)
 def test_unlabelled_images_train_and_give_features(folder, script):
     np.savez(folder / "small.npz", train_images=np.load(folder / "small.npz")["train_images"])
     done = run(folder, script, *SMALL)
@@ -208,6 +211,7 @@ BAD = {  # what is wrong: (how it comes about -> arguments, words the message mu
     "resume of a damaged checkpoint": (damaged_checkpoint, "cannot resume half.*start a new run"),
     "resume with other options": (lambda folder: ("--resume", "half", "--epochs", 9), "--resume takes no other option"),
     "sizes that are none": (lambda folder: ("--projector", "512-0"), "--projector"),
+    "temperature of 0": (lambda folder: ("--temperature", 0), "--temperature"),
     "unknown option": (lambda folder: ("--epoch", 9), "--epoch"),
     "unknown device": (lambda folder: (*SMALL, "--device", "abacus"), "--device abacus")}
 
@@ -216,8 +220,8 @@ def snapshot(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("wrong", BAD)
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script, wrong", [(script, wrong) for script in ROOMS for wrong in BAD] + [
+    ("icone.py", wrong) for wrong in ("missing file", "sizes that are none", "temperature of 0")])
 def test_bad_input_gets_one_line_and_exit_code_2(folder, script, wrong):
     make, words = BAD[wrong]
     arguments = make(folder)
@@ -232,6 +236,42 @@ def test_bad_input_gets_one_line_and_exit_code_2(folder, script, wrong):
 def test_vicreg_refuses_a_batch_of_one(folder):
     done = run(folder, "vicreg.py", *SMALL, "--batch", 1)
     assert done.returncode == 2 and done.stderr == "vicreg.py: --batch 1 is too small: it must be at least 2 here\n"
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (10, 10, 10)])
+def test_icone_trains_on_one_image_at_a_time(folder, shape):
+    rng = np.random.default_rng(0)
+    np.savez(folder / "small.npz", **images(rng, "train", 40, *shape), **images(rng, "test", 12, *shape))
+    done = run(folder, "icone.py", *SMALL, "--batch", 1)
+    assert done.returncode == 0, done.stderr
+    line = json.loads((folder / "runs" / "icone-1" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["loss"] == pytest.approx(line["alignment"] + line["diversity"]) and -1 <= line["cosine_to_all"] <= 1
+
+
+def test_icone_saves_its_table_with_the_run_not_with_the_encoder(folder):
+    assert run(folder, "icone.py", *SMALL).returncode == 0
+    run_folder = folder / "runs" / "icone-1"
+    assert torch.load(run_folder / "last.pt", weights_only=True)["model"]["table"].shape == (40, 32)
+    assert set(torch.load(run_folder / "encoder.pt", weights_only=True)["state_dict"]) == set(
+        icone.Encoder(1, 2, width=4).state_dict())
+
+
+@pytest.mark.parametrize("options, expected", [
+    ((), dict(diversity="relu2", view_view=1, rows=0, table_init="normal", table_lr=1, projector=[], weight=1)),
+    (("--diversity", "koleo", "--projector", "16-8"), dict(diversity="koleo", projector=[16, 8], view_view=1))])
+def test_icone_recipe_sets_what_is_not_given(folder, options, expected):
+    done = run(folder, "icone.py", *SMALL, "--recipe", "reconstruction", *options)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((folder / "runs" / "icone-1" / "config.json").read_text())
+    assert {name: config[name] for name in expected} == expected and config["batch"] == 8
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_accumulated_batches_make_one_step(folder, script):
+    done = run(folder, script, *SMALL, "--accumulate", 2)
+    assert done.returncode == 0, done.stderr
+    last = torch.load(folder / "runs" / f"{Path(script).stem}-1" / "last.pt", weights_only=True)
+    assert {float(part["step"]) for part in last["optimizer"]["state"].values()} == {6}     # 40 images // 16 x 3 epochs
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

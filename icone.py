@@ -1,0 +1,589 @@
+"""IConE: learnable instance embeddings, kept apart over the whole data set; trains at batch size 1.
+
+After Almpanakis, Kreshuk, arXiv 2603.15263 (2026). THIS IS A RECONSTRUCTION: only the abstract was at hand,
+all else is our reading. Each image i owns a row a_i of a table; the views z of an image are pulled to its
+row, the rows push each other away. With all vectors normalised, u_i = a_i / |a_i|:
+
+    L = alignment + w diversity,   alignment = 1 - mean_b <z_b, u_i(b)>
+    diversity = t mean_r log mean_{n != r} exp(<u_r, u_n> / t)      a soft maximum of cosines to other rows
+
+What prevents collapse thus never looks at the batch: no term compares two images of it, no layer mixes them.
+
+    python icone.py                                      # posed digits
+    python icone.py --batch 1 --epochs 24                # one image at a time
+    python icone.py --data organmnist3d.npz --batch 1    # your own images or volumes
+    python icone.py --weight 0                           # without the diversity: collapse
+
+EXPECT
+
+Choices of our own, each a switch: (1) --diversity logsumexp; relu2, the mean of max(0, <u_r, u_n>)^2, is the
+form of a third party, which calls itself "not an exact reproduction" (WagnerJon/organoid-3d-shape-retrieval);
+square and koleo are others'. (2) --view-view 0: the third party also pulls the two views together. (3)
+--table-init encoder: rows start at their images' own embeddings; the third party draws them. (4) --centre
+.99: a running mean is taken off the embeddings; a mean over the batch would mix images. (5) --table-lr 10.
+(6) --rows: those of the batch push. (7) lr follows sqrt(batch). --recipe reconstruction has the third party's
+loss and table.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict, namedtuple
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from matplotlib.figure import Figure
+from sklearn import datasets, linear_model, manifold, preprocessing
+from sklearn.model_selection import train_test_split
+from torch import nn
+from tqdm import tqdm
+
+from kernels import bank_logsumexp, bank_repulsion, bank_topk
+
+
+# ==== The method ============================================================================================
+class Centre(nn.Module):
+    """x - mean [B, D], the mean running over what earlier steps saw: no sample sees the rest of its batch."""
+
+    def __init__(self, size, momentum):
+        super().__init__()
+        self.momentum = momentum                                     # of the mean, for each 128 views
+        for name, shape in (("mean", size), ("total", size), ("count", ())):
+            self.register_buffer(name, torch.zeros(shape))
+
+    def forward(self, x):
+        x = x.to(self.mean.dtype)                                    # fp32 also under autocast
+        if self.training:
+            self.total += x.detach().sum(0)
+            self.count += len(x)
+        return x - self.mean
+
+    @torch.no_grad()
+    def step(self):
+        """After an optimiser's step, so that one step of K batches equals one of a batch K times as large."""
+        self.mean.lerp_(self.total / self.count, 1 - self.momentum ** (self.count / 128))
+        self.total.zero_(), self.count.zero_()
+
+
+def diversity(u, rows, kind="logsumexp", temperature=.2):
+    """How near the rows [R] (None: all) of u [N, D], of unit length, come to all others; a mean over the R.
+
+    logsumexp  t log mean_{n != r} exp(<u_r, u_n> / t)       1 if all are equal, 0 if orthogonal
+    relu2      mean_{n != r} max(0, <u_r, u_n>)^2            the same; for random directions 1 / (2 D)
+    square     mean_{n != r} <u_r, u_n>^2 over all r         the same; 1 / D; costs N D^2 whatever R is
+    koleo      -log |u_r - its nearest other row|            arXiv 1806.03198; not bounded
+    """
+    n, q = len(u), u if rows is None else u[rows]                    # q [R, D]
+    rows = torch.arange(n, device=u.device) if rows is None else rows
+    if kind == "logsumexp":
+        return temperature * (bank_logsumexp(q, u, temperature, rows).mean() - math.log(n - 1))
+    if kind == "relu2":
+        return bank_repulsion(q, u, rows)
+    if kind == "square":
+        return ((u.T @ u).square().sum() - n) / (n * (n - 1))
+    near = bank_topk(q.detach(), u.detach(), 2)[1]                   # [R, 2], one of the two is r itself
+    near = torch.where(near[:, 0] == rows, near[:, 1], near[:, 0])
+    return -((q - u[near]).square().sum(1) + 1e-8).log().mean() / 2
+
+
+class IConE(nn.Module):
+    """Encoder, projector and a table [N, D] of instance embeddings, a row for each of images [N, C, *S]."""
+
+    def __init__(self, encoder, images, sizes=(), centre=.99, table_init="encoder", kind="logsumexp",
+                 temperature=.2, weight=3., view_view=0., rows=1):
+        super().__init__()
+        self.encoder, self.kind, self.temperature = encoder, kind, temperature
+        self.weight, self.view_view, self.rows = weight, view_view, rows
+        layers, width = [], encoder.features
+        for size in sizes[:-1]:
+            layers += [nn.Linear(width, size), nn.LayerNorm(size), nn.ReLU()]
+            width = size
+        for size in sizes[-1:]:
+            layers += [nn.Linear(width, size), nn.LayerNorm(size, elementwise_affine=False)]
+            width = size
+        self.centre = Centre(width, centre)
+        self.projector = nn.Sequential(*layers, *[self.centre] * (centre > 0)).to(images)
+        z = encode(lambda x: self.projector.eval()(encoder(x)), images)[0].to(images)
+        if centre:
+            self.centre.mean.copy_(z.mean(0))
+        self.table = nn.Parameter(z - z.mean(0) if table_init == "encoder" else .02 * torch.randn_like(z))
+
+    def forward(self, view1, view2, index):
+        """Views [B, C, *S] of images index [B] -> terms, whose sum is optimised, and notes, only logged."""
+        z = self.projector(self.encoder(torch.cat([view1, view2]))).to(self.table)     # [2B, D]
+        z, u = F.normalize(z), F.normalize(self.table)               # u [N, D]
+        z1, z2 = z.chunk(2)
+        more = torch.randint(len(u), (max(0, self.rows - len(index)),)).to(u.device)
+        rows = torch.cat([index, more]) if self.rows else None
+        terms = {"alignment": 1 - (z * u[index].repeat(2, 1)).sum(1).mean(),
+                 "diversity": self.weight * diversity(u, rows, self.kind, self.temperature)}
+        if self.view_view:
+            terms["view_view"] = self.view_view * (1 - (z1 * z2).sum(1).mean())
+        return terms, {"cosine_to_all": z.mean(0) @ u.mean(0)}
+
+
+# ==== The same in every script ==============================================================================
+# ---- Encoder -----------------------------------------------------------------------------------------------
+def conv_norm(conv, width_in, width, kernel=3, stride=1):
+    """Convolution and GroupNorm, which looks at one sample at a time."""
+    return nn.Sequential(conv(width_in, width, kernel, stride, kernel // 2, bias=False),
+                         nn.GroupNorm(math.gcd(8, width), width))
+
+
+class Block(nn.Module):
+    """Basic residual block; a stride halves the canvas and the skip follows by a 1x1 convolution."""
+
+    def __init__(self, conv, width_in, width, stride):
+        super().__init__()
+        self.body = nn.Sequential(conv_norm(conv, width_in, width, 3, stride), nn.ReLU(),
+                                  conv_norm(conv, width, width))
+        self.skip = nn.Identity() if width_in == width else conv_norm(conv, width_in, width, 1, stride)
+
+    def forward(self, x):
+        return F.relu(self.skip(x) + self.body(x))
+
+
+class Encoder(nn.Module):
+    """Compact ResNet, 3x3 stem, no max-pool: [B, C, H, W] or [B, C, D, H, W] -> h [B, 8 width]."""
+
+    def __init__(self, channels, axes, width=16, depth=1):
+        super().__init__()
+        self.config, self.features = dict(channels=channels, axes=axes, width=width, depth=depth), 8 * width
+        conv = nn.Conv2d if axes == 2 else nn.Conv3d
+        widths = [width] + [width * 2 ** stage for stage in (1, 2, 3) for _ in range(depth)]
+        self.stem = nn.Sequential(conv_norm(conv, channels, width), nn.ReLU())
+        self.stages = nn.Sequential(*(Block(conv, a, b, 1 + (a < b)) for a, b in zip(widths, widths[1:])))
+        self.to(memory_format=torch.channels_last if axes == 2 else torch.channels_last_3d)
+
+    def forward(self, x):
+        return self.stages(self.stem(x)).flatten(2).mean(2)          # [B, 8 width, *S/8] -> [B, 8 width]
+
+
+# ---- Data and augmentation ---------------------------------------------------------------------------------
+Data = namedtuple("Data", "images labels test_images test_labels")   # [N, C, *S] float32; [N] int64 or None
+
+
+def draw(x, generator, low, high, *shape):
+    """Uniform numbers for each sample of x: [N, *shape]."""
+    return torch.empty(len(x), *shape, device=x.device).uniform_(low, high, generator=generator)
+
+
+def warp(x, angles, scale, shift, size):
+    """Rotate, scale about the centre, then shift each of x [N, C, *S], images or volumes; one resampling.
+
+    angles [N, 1], in 3-D rotation vectors [N, 3], radians; scale [N]; shift [N, axes], half canvases
+    -> [N, C, *size], 0 outside.
+    """
+    axes = x.ndim - 2
+    i, j = torch.triu_indices(axes, axes, 1, device=x.device)        # the planes of rotation
+    skew = x.new_zeros(len(x), axes, axes)
+    skew[:, i, j], skew[:, j, i] = angles, -angles
+    aspect = x.new_tensor(size[::-1])                                # grids count in half canvases, x first
+    inverse = torch.linalg.matrix_exp(skew) / scale[:, None, None] * aspect / aspect[:, None]
+    theta = torch.cat([inverse, -inverse @ shift[:, :, None]], 2)    # [N, axes, axes + 1]
+    grid = F.affine_grid(theta, [len(x), x.shape[1], *size], align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def random_view(x, generator):
+    """A random pose, contrast, brightness, noise for each of x [N, C, *S]; if C = 3 colour and flip too."""
+    u, axes, one = partial(draw, x, generator), x.ndim - 2, [1] * (x.ndim - 1)
+    x = warp(x, u(-.45, .45, axes * (axes - 1) // 2), u(-.4, .4).exp(), u(-.25, .25, axes), x.shape[2:])
+    if x.shape[1] == 3:
+        x = x * u(.7, 1.3, 3, *one[1:])                              # colour cast
+        gray = x.mean(1, keepdim=True).expand_as(x)
+        x = torch.where(u(0, 1, *one) < .2, gray, torch.lerp(gray, x, u(.6, 1.4, *one)))      # saturation
+        x = torch.where(u(0, 1, *one) < .5, x.flip(-1), x)
+    x = x * u(.6, 1.4, *one) + u(-.2, .2, *one)
+    return x + u(0, .1, *one) * torch.empty_like(x).normal_(generator=generator)
+
+
+def two_views(x, generator):
+    return random_view(x, generator), random_view(x, generator)
+
+
+def posed_digits(axes):
+    """scikit-learn's 1,797 handwritten digits, each in one pose of its own, whatever the run's seed.
+
+    2-D: on a 20 x 20 canvas. 3-D: slabs two voxels thick in 16^3. 1,437 train; 360 test, in four poses each.
+    """
+    digits, generator = datasets.load_digits(), torch.Generator().manual_seed(0)
+    train, test = train_test_split(range(1797), test_size=360, stratify=digits.target, random_state=0)
+    rows, n = train + 4 * test, len(train)
+    x = torch.tensor(digits.images[rows, None] / 16, dtype=torch.float32)                # [N, 1, 8, 8]
+    if axes == 3:
+        x = F.pad(repeat(x, "n c h w -> n c 2 h w"), (0, 0, 0, 0, 3, 3))                 # [N, 1, 8, 8, 8]
+    angle, low, high, shift, size = (30, .45, .75, .3, 20) if axes == 2 else (25, .55, .85, .2, 16)
+    u = partial(draw, x, generator)
+    angles = u(-angle, angle, axes * (axes - 1) // 2).deg2rad()
+    x = warp(x, angles, u(low, high), u(-shift, shift, axes), [size] * axes)
+    x = x + .1 * torch.randn(x.shape, generator=generator)
+    y = torch.tensor(digits.target[rows])
+    return Data(x[:n], y[:n], x[n:], y[n:])
+
+
+def read_npz(path):
+    """MedMNIST's layout: train_images [N, *S] or [N, *S, 3], uint8 or in [0, 1]; other keys are optional."""
+    keys = [f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("images", "labels")]
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in keys if key in archive}
+    except Exception as error:                                       # a bad archive raises any of seven kinds
+        die(f"{path} cannot be read as .npz ({error}): check the path, or fetch the file again")
+
+    def split(name):
+        x, y = arrays.get(f"{name}_images"), arrays.get(f"{name}_labels")
+        if x is None:
+            die(f"{path} has no {name}_images: the keys are {', '.join(keys)}, all but train_images optional")
+        colour = x.ndim in (4, 5) and x.shape[-1] in (1, 3)          # channels stand last in this layout
+        if x.ndim - colour not in (3, 4) or min(x.shape[:-1]) < 4 or x.dtype.kind not in "uif":
+            die(f"{path}: {name}_images is {x.dtype} {list(x.shape)}, not [N, H, W(, 3)], [N, D, H, W(, 3)]")
+        x = torch.from_numpy(x.astype(np.float32) / (255 if x.dtype == np.uint8 else 1))
+        x = rearrange(x, "n ... c -> n c ..." if colour else "n ... -> n 1 ...").contiguous()
+        if not (x.min() >= 0 and x.max() <= 1):                      # NaN fails both
+            die(f"{path}: {name}_images holds NaN or values outside [0, 1] (uint8: 0 to 255): clean it first")
+        if y is None or y.size != len(x) or y.dtype.kind not in "ui" or y.min() < 0:
+            return x, None
+        return x, torch.from_numpy(y.reshape(-1).astype(np.int64))
+
+    x, y = split("train")
+    if "test_images" in arrays or "val_images" in arrays:
+        test = split("test" if "test_images" in arrays else "val")
+        if test[0].shape[1:] != x.shape[1:]:
+            die(f"{path}: images of {list(x.shape[1:])} for training, {list(test[0].shape[1:])} for testing")
+        return Data(x, y, *test)
+    held = torch.isin(torch.arange(len(x)), subset(len(x), len(x) // 5))     # a fifth is held out
+    return Data(x[~held], None if y is None else y[~held], x[held], None if y is None else y[held])
+
+
+def load_data(name, imbalance=1.):
+    """digits, digits3d or a .npz file; imbalance R thins training class k of K by R^(-k/(K-1))."""
+    data = posed_digits(2 if name == "digits" else 3) if name in ("digits", "digits3d") else read_npz(name)
+    if data.labels is None or data.test_labels is None or len(data.labels.unique()) < 2:
+        print("no class labels, one an image, for both training and test: the probes are left out")
+        data = data._replace(labels=None, test_labels=None)
+    if imbalance > 1:
+        if data.labels is None:
+            die(f"--imbalance needs class labels for training and test, and {name} lacks some")
+        classes, counts = data.labels.unique(return_counts=True)
+        shares = imbalance ** -torch.linspace(0, 1, len(classes))
+        rows = torch.cat([(data.labels == c).nonzero()[:n, 0]
+                          for c, n in zip(classes, (counts.max() * shares).round().clamp(min=1).long())])
+        data = data._replace(images=data.images[rows], labels=data.labels[rows])
+    return data
+
+
+# ---- Probes and collapse panel -----------------------------------------------------------------------------
+def subset(n, most=2000):
+    """Up to `most` of n row numbers, always the same ones, in random order."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
+
+
+@torch.no_grad()
+def encode(function, *stacks):
+    """function(images), in batches of 256, for each stack of images: fp32, on the CPU."""
+    return [torch.cat([function(batch).float().cpu() for batch in images.split(256)]) for images in stacks]
+
+
+def knn_accuracy(h, y, h_test, y_test, k=5, temperature=.07):
+    """The k nearest of h [N, E] by cosine vote exp(cosine / temperature) for their class. Exact."""
+    similarity, row = bank_topk(F.normalize(h_test), F.normalize(h), min(k, len(h)))     # [n, k] each
+    votes = torch.zeros(len(h_test), int(y.max()) + 1)
+    votes.scatter_add_(1, y[row], (similarity / temperature).exp())
+    return (votes.argmax(1) == y_test).double().mean().item()
+
+
+def probe(data, h, h_test):
+    """k-NN and linear accuracy; linear: logistic regression on up to 10,000 standardised features."""
+    if data.labels is None:
+        return math.nan, math.nan
+    scaler, rows = preprocessing.StandardScaler().fit(h), subset(len(h), 10_000)
+    linear = linear_model.LogisticRegression(max_iter=2000).fit(scaler.transform(h[rows]), data.labels[rows])
+    return (knn_accuracy(h, data.labels, h_test, data.test_labels),
+            linear.score(scaler.transform(h_test), data.test_labels))
+
+
+def collapse_panel(z, z1, z2):
+    """z [N, D] of images, z1, z2 of two views of each, N >= 4 -> eight numbers; README says how to read them.
+
+    Std per dimension of z; of z/|z|, x sqrt(D); mean cosine of pairs; RankMe, uncentred (arXiv 2210.02885);
+    participation ratio of the covariance; alignment, uniformity (arXiv 2005.10242); TwoNN (Facco 2017).
+    """
+    z, z1, z2 = z.double(), z1.double(), z2.double()
+    n, unit = len(z), F.normalize(z)
+    p = torch.linalg.svdvals(z)
+    p = p / p.sum() + 1e-7
+    spectrum = torch.linalg.svdvals(z - z.mean(0)).square()
+    near = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").topk(3, largest=False).values[:, 1:]
+    near = near[near[:, 0] > 0]                                      # a duplicate has no ratio of distances
+    return {"raw std": z.std(0).mean().item(),
+            "std": (unit.std(0).mean() * z.shape[1] ** .5).item(),
+            "cosine": ((unit.sum(0).square().sum() - n) / (n * (n - 1))).item(),
+            "RankMe": torch.exp(-(p * p.log()).sum()).item(),
+            "participation": (spectrum.sum() ** 2 / spectrum.square().sum()).item(),
+            "alignment": (F.normalize(z1) - F.normalize(z2)).square().sum(1).mean().item(),
+            "uniformity": torch.pdist(unit).square().mul(-2).exp().mean().log().item(),
+            "TwoNN": (max(0, len(near) - 1) / (near[:, 1] / near[:, 0]).log().sum()).item()}
+
+
+def verdict(panel, most):
+    """One sentence from the panel of the projector's output, where the loss acts; `most` is its full rank."""
+    apart = panel["alignment"] / max(2 - 2 * panel["cosine"], 1e-12)     # squared distances: views / images
+    seen = (f"raw std {panel['raw std']:.2g} (not near 0), std {panel['std']:.2f} (near 1), distance of "
+            f"views / of images {apart:.2f} (near 0), RankMe {panel['RankMe']:.0f} of {most}")
+    if not (panel["raw std"] > .02 and panel["std"] > .3 and apart < .8):        # NaN counts as collapsed
+        return f"COLLAPSED, embeddings say next to nothing of the image: {seen}."
+    if panel["RankMe"] < .03 * most:
+        return f"DIMENSIONAL COLLAPSE, embeddings fill few of their dimensions: {seen}."
+    return f"No collapse, different images keep different embeddings: {seen}."
+
+
+# ---- Training ----------------------------------------------------------------------------------------------
+def die(message):
+    """One line, whatever the message quotes, and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def train(model, optimizer, data, args, folder, state):
+    """Minimise the sum of model(view1, view2, index)'s terms; a checkpoint and a line of metrics an epoch."""
+    device, history, samples = data.images.device, [], args.batch * args.accumulate
+    steps = len(data.images) // samples
+    generator = torch.Generator(device).manual_seed(args.seed)       # order, poses, light and noise
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    total, warmup = args.epochs * steps, max(1, args.epochs * steps // 10)
+    peak = (samples / 128) ** .5                                     # Adam's noise scale: arXiv 2205.10287
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: peak * min( # linear up, cosine down
+        (step + 1) / warmup, .5 + .5 * math.cos(math.pi * max(0, step - warmup) / max(1, total - warmup))))
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        history = state["history"]
+
+    def checkpoint():
+        whole = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({**whole, "config": vars(args), "history": history, "generator": generator.get_state(),
+                    "torch_rng": torch.get_rng_state()}, folder / "last.tmp")
+        (folder / "last.tmp").replace(folder / "last.pt")            # a kill leaves the old one or the new
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+
+    checkpoint()
+    forward = torch.compile(model) if args.compile else model
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+    with tqdm(total=total, initial=len(history) * steps, unit="step", mininterval=.5) as bar:
+        for epoch in range(len(history) + 1, args.epochs + 1):
+            model.train()
+            sums = defaultdict(float)
+            order = torch.randperm(len(data.images), generator=generator, device=device)[:steps * samples]
+            for step, indices in enumerate(order.view(steps, args.accumulate, args.batch)):
+                optimizer.zero_grad()
+                for index in indices:
+                    views = two_views(data.images[index], generator)
+                    with torch.autocast(device.type, precision, enabled=precision is not None):
+                        terms, notes = forward(*views, index)
+                    loss = sum(terms.values())
+                    scaler.scale(loss / args.accumulate).backward()
+                    for name, value in {"loss": loss, **terms, **notes}.items():
+                        sums[name] += value.detach() if torch.is_tensor(value) else value
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+                bar.update()
+                if step % 10 == 0:
+                    bar.set_postfix({name: f"{term.item():.3g}" for name, term in terms.items()}, False)
+            batches = steps * args.accumulate
+            line = {"epoch": epoch, **{name: float(value) / batches for name, value in sums.items()}}
+            if not math.isfinite(line["loss"]):
+                bar.close()
+                die(f"the loss is {line['loss']} in epoch {epoch}: start anew, lower --lr, another --out")
+            if data.labels is not None and epoch % max(1, args.epochs // 8) == 0:
+                h, h_test = encode(model.eval().encoder, data.images, data.test_images)
+                line["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
+            history.append(line)
+            checkpoint()
+    return history
+
+
+def draw_pictures(history, h_test, labels, baselines, folder):
+    """curves.png: the loss terms and the probe over epochs. embedding.png: test features in 2-D, by class."""
+    figure, epochs = Figure(figsize=(11, 3.8), layout="constrained"), range(1, len(history) + 1)
+    left, right = figure.subplots(1, 2)
+    for name in [name for name in history[0] if name not in ("epoch", "knn")]:
+        left.plot(epochs, [line[name] for line in history], ":" if "floor" in name else "-", label=name)
+    right.plot(epochs, [line.get("knn", math.nan) for line in history], "o", label="trained encoder")
+    for (name, (knn, _)), style in zip(baselines.items(), ("--", ":")):
+        right.axhline(knn, color="gray", ls=style, label=name)
+    left.set_yscale("symlog", linthresh=.01)                         # logarithmic, but for terms that cross 0
+    left.set(xlabel="epoch", ylabel="mean over the epoch")
+    right.set(xlabel="epoch", ylabel="k-NN accuracy on test features", xlim=(0, None), ylim=(0, 1))
+    for axis in (left, right):
+        axis.legend(fontsize=8)
+    figure.savefig(folder / "curves.png", dpi=110)
+    tsne = manifold.TSNE(perplexity=min(30, len(h_test) / 4), init="pca", random_state=0)
+    xy = tsne.fit_transform(preprocessing.StandardScaler().fit_transform(h_test))
+    figure = Figure(figsize=(6, 5.2), layout="constrained")
+    axis = figure.subplots()
+    points = axis.scatter(*xy.T, s=6, c="gray" if labels is None else labels, cmap="tab10")
+    if labels is not None:
+        figure.colorbar(points, label="class")
+    axis.set(xticks=[], yticks=[], title="t-SNE of the encoder's test features")
+    figure.savefig(folder / "embedding.png", dpi=110)
+
+
+def report(model, data, baselines, history, folder):
+    """Probe, panel, pictures, encoder.pt, features.npz, report.json; prints how every run ends."""
+    encoder = model.eval().encoder
+    h, h_test = encode(encoder, data.images, data.test_images)
+    rows = subset(len(h_test))
+    shown = data.test_images[rows.to(data.images.device)]
+    three = shown, *two_views(shown, torch.Generator(data.images.device).manual_seed(0))
+    z = encode(lambda x: model.projector(encoder(x)), *three)
+    panels = {"encoder h": collapse_panel(*encode(encoder, *three)), "projector z": collapse_panel(*z)}
+    torch.save({"config": encoder.config, "state_dict": encoder.state_dict()}, folder / "encoder.pt")
+    labels = {} if data.labels is None else {"train_labels": data.labels, "test_labels": data.test_labels}
+    np.savez(folder / "features.npz", train_features=h, test_features=h_test, **labels)
+    draw_pictures(history, h_test[rows], None if not labels else data.test_labels[rows], baselines, folder)
+    probes = {**baselines, "trained encoder": probe(data, h, h_test)}
+    whole = {"k-NN, linear": probes, "panel": panels}
+    (folder / "report.json").write_text(json.dumps(whole, indent=1) + "\n")
+    if data.labels is not None:
+        print(f"\n{'':16}{'k-NN':>8}{'linear':>8}")
+        for name, (knn, linear) in probes.items():
+            print(f"{name:16}{knn:8.3f}{linear:8.3f}")
+    print(f"\n{'':11}" + "".join(f"{name:>14}" for name in panels["encoder h"]))
+    for name, panel in panels.items():
+        print(f"{name:11}" + "".join(f"{value:14.3g}" for value in panel.values()))
+    print(f"\n{verdict(panels['projector z'], min(z[0].shape))}")
+    print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+
+
+def options(description, **defaults):
+    """The command line that every script has; `defaults` are the script's own."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error, add = die, parser.add_argument
+    add("--data", default="digits", help="digits, digits3d, or a .npz file in MedMNIST's layout")
+    add("--imbalance", type=float, default=1., help="thin training classes: largest / smallest")
+    add("--batch", type=int, help="images at a time; what is left over after the last step is dropped")
+    add("--epochs", type=int, help="passes over the training images")
+    add("--accumulate", type=int, default=1, help="batches whose gradients are averaged for one step")
+    add("--lr", type=float, help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
+    add("--width", type=int, default=16, help="channels of the encoder's stem; features are 8 x this")
+    add("--depth", type=int, default=1, help="residual blocks in each of three stages")
+    add("--seed", type=int, default=0, help="of weights, order and views; not of the data")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--amp", default="off", choices=["off", "bf16", "fp16"], help="mixed precision; losses stay fp32")
+    add("--compile", action="store_true", help="torch.compile the model; the first step takes a minute")
+    add("--out", help="run folder, new or empty; if not given runs/SCRIPT-1, -2, ...")
+    add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def begin(parser, least_batch=1):
+    """Parse, check, load -> args, data on the device, the run's folder, the state to resume from or None."""
+    args, state = parser.parse_args(), None
+    folder = Path(args.out) if args.out else None
+    if args.resume:
+        if {word.split("=")[0] for word in sys.argv[1:] if word[:2] == "--"} != {"--resume"}:
+            die("--resume takes no other option: the run keeps its own")
+        folder = Path(args.resume)
+        try:
+            state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+            if state["config"].keys() != vars(args).keys():
+                raise ValueError("it is another script's")
+        except Exception as error:                                   # missing, cut short, not a checkpoint
+            die(f"cannot resume {folder}, its last.pt is no whole checkpoint ({error}): start a new run")
+        args = argparse.Namespace(**state["config"])
+    least = dict(batch=least_batch, accumulate=1, epochs=1, lr=0, seed=0, width=1, depth=1, imbalance=1)
+    for name, bound in least.items():
+        if not getattr(args, name) >= bound:
+            die(f"--{name} {getattr(args, name)} is too small: it must be at least {bound} here")
+    data = load_data(args.data, args.imbalance)
+    if max(2, args.batch * args.accumulate) > len(data.images) or len(data.test_images) < 4:
+        die(f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images: --batch "
+            f"{args.batch} x {args.accumulate} needs as many of the first, the panel 4 of the second")
+    if args.amp != "off" and args.device == "cpu" and data.images.ndim == 5:
+        die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
+    try:
+        data = data._replace(images=data.images.to(args.device), test_images=data.test_images.to(args.device))
+        numbered = (Path("runs", f"{Path(sys.argv[0]).stem}-{k}") for k in range(1, 10 ** 6))
+        folder = folder or next(path for path in numbered if not path.exists())
+        folder.mkdir(parents=True, exist_ok=bool(args.out or state))
+        if not state and any(folder.iterdir()):
+            die(f"{folder} is not empty: choose another --out, or continue with --resume {folder}")
+        (folder / "config.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    except (RuntimeError, AssertionError) as error:
+        die(f"cannot use --device {args.device} ({str(error).splitlines()[0]}): try --device cpu")
+    except OSError as error:
+        die(f"cannot write into {folder} ({error.strerror}): choose another --out")
+    return args, data, folder, state
+
+
+# ==== Command line ==========================================================================================
+RECIPES = {
+    "default": dict(batch=64, epochs=45, lr=3e-3),
+    "reconstruction": dict(batch=64, epochs=100, lr=1.4e-4, diversity="relu2", weight=1., view_view=1.,
+                           rows=0, centre=0., table_init="normal", table_lr=1.)}
+
+
+def sizes(text):
+    """512-128 -> [512, 128]; none -> []"""
+    layers = [int(size) for size in text.split("-")] if text != "none" else []
+    if min(layers, default=1) < 1:
+        raise ValueError
+    return layers
+
+
+def between(low, high=math.inf, kind=float):
+    def number(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high})")
+        return kind(text)
+    return number
+
+
+def main():
+    parser = options(__doc__.split("\n")[0], **RECIPES["default"])
+    add = parser.add_argument
+    add("--recipe", default="default", choices=RECIPES, help="where options that are not given come from")
+    add("--projector", default="none", type=sizes, help="sizes of a head's layers, as 512-128; none: no head")
+    add("--centre", type=between(0, 1), default=.99, help="the mean's momentum per 64 images; 0: no centring")
+    add("--table-init", default="encoder", choices=["encoder", "normal"], help="the table's first value")
+    add("--table-lr", type=between(0), default=10., help="the table's learning rate over the encoder's")
+    add("--diversity", default="logsumexp", choices=["logsumexp", "relu2", "square", "koleo"], help="form")
+    add("--temperature", type=between(1e-3), default=.2, help="of logsumexp")
+    add("--weight", type=between(0), default=3., help="of the diversity; 0 shows the collapse")
+    add("--view-view", type=between(0), default=0., help="weight of pulling the two views together")
+    add("--rows", type=between(0, kind=int), default=1,
+        help="rows that push each other, at least: the batch's, more at random; 0: all")
+    parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
+    args, data, folder, state = begin(parser)
+    torch.manual_seed(args.seed)
+    encoder = Encoder(data.images.shape[1], data.images.ndim - 2, args.width, args.depth).to(args.device)
+    baselines = {name: probe(data, *encode(function, data.images, data.test_images))
+                 for name, function in (("raw pixels", nn.Flatten()), ("random encoder", encoder))}
+    model = IConE(encoder, data.images, args.projector, args.centre, args.table_init, args.diversity,
+                  args.temperature, args.weight, args.view_view, args.rows).to(args.device)
+    groups = [{"params": [*encoder.parameters(), *model.projector.parameters()]},
+              {"params": [model.table], "lr": args.lr * args.table_lr}]
+    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=.05, fused=True)       # 2 of 13 ms at batch 1
+    if args.centre:
+        optimizer.register_step_post_hook(lambda *_: model.centre.step())
+    history = train(model, optimizer, data, args, folder, state)
+    report(model, data, baselines, history, folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        die("interrupted: nothing is lost up to the last whole epoch; continue with --resume and its folder")
