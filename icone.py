@@ -14,7 +14,9 @@ What prevents collapse thus never looks at the batch: no term compares two image
     python icone.py --data organmnist3d.npz --batch 1    # your own images or volumes
     python icone.py --weight 0                           # without the diversity: collapse
 
-EXPECT
+Expect k-NN accuracy .891 ± .014 and linear .906 ± .013 (mean ± std, 3 seeds; raw pixels .593, .169; random
+encoder .307 ± .042, .222 ± .018) in 61 to 67 s on 2 cores of an AMD EPYC with torch 2.13.0; at batch 1 and 32
+epochs .874 ± .022 and .892 ± .020 in 7 to 10 minutes on one core.
 
 Choices of our own, each a switch: (1) --diversity logsumexp; relu2, the mean of max(0, <u_r, u_n>)^2, is the
 form of a third party, which calls itself "not an exact reproduction" (WagnerJon/organoid-3d-shape-retrieval);

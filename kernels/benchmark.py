@@ -185,20 +185,20 @@ def measure(case, device, repeats):
 # ---- Output ------------------------------------------------------------------------------------------------
 def draw(rows, path, where):
     """Bars of time and memory for (case, result, floor) rows."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(10, 1.6 + .42 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     names = list(dict.fromkeys(name for _, result, _ in rows for name in result))
     panels = (axes[0], 0, 1e3, "forward + backward, ms"), (axes[1], 1, 2 ** -20, "extra memory, MiB")
     for axis, k, scale, label in panels:
         for i, name in enumerate(names):
             here = [r for r, (_, result, _) in enumerate(rows) if name in result]
-            x = [r + (i - (len(names) - 1) / 2) * .8 / len(names) for r in here]
-            axis.bar(x, [rows[r][1][name][k] * scale for r in here], .8 / len(names), label=name)
-        labels = [case.label.replace(", ", "\n", 2).replace(" ", "\n", 1) for case, *_ in rows]
-        axis.set(yscale="log", ylabel=label, xticks=range(len(rows)))
-        axis.set_xticklabels(labels, fontsize=7)
+            y = [r + (i - (len(names) - 1) / 2) * .8 / len(names) for r in here]
+            axis.barh(y, [rows[r][1][name][k] * scale for r in here], .8 / len(names), label=name)
+        axis.set(xscale="log", xlabel=label)
+    axes[0].set(yticks=range(len(rows)), yticklabels=[case.label for case, *_ in rows])
+    axes[0].invert_yaxis()
     for r, (*_, least) in enumerate(rows):
-        axes[0].hlines(least * 1e3, r - .4, r + .4, color="black", label=None if r else "floor")
+        axes[0].vlines(least * 1e3, r - .4, r + .4, color="black", label=None if r else "floor")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(f"{path.stem}, {where}", fontsize=10)
     figure.savefig(path, dpi=120)
