@@ -1,5 +1,6 @@
 """The scripts as their users run them: subprocesses in a folder of their own."""
 import json
+import os
 import random
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,16 @@ FILES = {"config.json", "curves.png", "embedding.png", "encoder.pt", "features.n
 SMALL = "--data small.npz --batch 8 --epochs 3 --width 4".split()
 
 
+def with_data(path):
+    """The folder with a small data set in it: 40 training and 12 test images 12 x 12 in three classes."""
+    rng = np.random.default_rng(0)
+    np.savez(path / "small.npz", **images(rng, "train", 40, 12, 12), **images(rng, "test", 12, 12, 12))
+    return path
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """An empty folder with a small data set: 40 training and 12 test images 12 x 12 in three classes."""
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "small.npz", **images(rng, "train", 40, 12, 12), **images(rng, "test", 12, 12, 12))
-    return tmp_path
+    return with_data(tmp_path)
 
 
 def images(rng, split, n, *shape):
@@ -220,17 +226,30 @@ def snapshot(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("script, wrong", [(script, wrong) for script in ROOMS for wrong in BAD] + [
-    ("icone.py", wrong) for wrong in ("missing file", "sizes that are none", "temperature of 0")])
-def test_bad_input_gets_one_line_and_exit_code_2(folder, script, wrong):
-    make, words = BAD[wrong]
-    arguments = make(folder)
-    before = snapshot(folder)
-    done = run(folder, script, *arguments)
+BAD_RUNS = [(script, wrong) for script in ROOMS for wrong in BAD] + [
+    ("icone.py", wrong) for wrong in ("missing file", "sizes that are none", "temperature of 0")]
+
+
+@pytest.fixture(scope="module")
+def bad_runs(tmp_path_factory):
+    """{(script, what is wrong): what the run ended with, the folder before and after}, as many at a time as cores."""
+    def go(pair):
+        script, wrong = pair
+        folder = with_data(tmp_path_factory.mktemp("bad"))
+        arguments = BAD[wrong][0](folder)
+        before = snapshot(folder)
+        return run(folder, script, *arguments), before, snapshot(folder)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(BAD_RUNS, pool.map(go, BAD_RUNS)))
+
+
+@pytest.mark.parametrize("script, wrong", BAD_RUNS)
+def test_bad_input_gets_one_line_and_exit_code_2(bad_runs, script, wrong):
+    done, before, after = bad_runs[script, wrong]
     assert done.returncode == 2, done.stderr
     line, = done.stderr.splitlines()
-    assert line.startswith(f"{script}: ") and re.search(words, line), line
-    assert snapshot(folder) == before                                    # nothing written, nothing overwritten
+    assert line.startswith(f"{script}: ") and re.search(BAD[wrong][1], line), line
+    assert after == before                                               # nothing written, nothing overwritten
 
 
 def test_vicreg_refuses_a_batch_of_one(folder):
