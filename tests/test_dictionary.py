@@ -1,0 +1,181 @@
+"""kernels/dictionary.py against float64 and the plain form: values, gradients, extreme logits, memory, the signs."""
+import math
+
+import pytest
+import torch
+
+from kernels import dictionary
+from kernels.benchmark import peak_memory
+from kernels.dictionary import dictionary_loss, dictionary_reference, dictionary_signs, triton
+
+SHAPES = [(1, 1, 2), (2, 40, 33), (5, 7, 1), (33, 20, 130), (70, 65, 33), (8, 70, 100)]                  # n, f, c
+IMPLS = ["torch"] + ["triton"] * (triton is not None)
+PRIORS = ["reverse", "forward"]
+
+
+def views(n, f, seed=0, device="cpu", scale=1.):
+    """Features as a tanh makes them, of two views that agree in part."""
+    a, b = torch.randn(2, n, f, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return [h.tanh().to(device) for h in (a, a + .3 * b)]
+
+
+def released_temperature(n, f):
+    return f / (math.sqrt(n) * math.log(1e8))
+
+
+def plain(c, seed, temperature, prior):
+    def function(h1, h2):
+        return dictionary_reference(h1, h2, dictionary_signs(c, h1.shape[1], seed, h1.dtype, h1.device), temperature,
+                                    prior)
+    return function
+
+
+def streamed(c, seed, temperature, prior, impl):
+    return lambda h1, h2: dictionary_loss(h1, h2, c, seed, temperature, prior, impl)
+
+
+def run(function, h, upstream=(1.3, -.7), wanted=(True, True)):
+    """prior, cross-entropy, and the gradient of their sum with upstream weights."""
+    h = [x.detach().requires_grad_(want) for x, want in zip(h, wanted)]
+    values = function(*h)
+    sum(u * v for u, v in zip(upstream, values)).backward()
+    return [*(v.detach() for v in values), *(x.grad for x in h)]
+
+
+def error(got, truth):
+    return ((got.double() - truth).norm() / (truth.norm() if truth.norm() else 1)).item()
+
+
+def nan_padded(x):
+    storage = torch.full((x.shape[0] + 3, x.shape[1] + 5), torch.nan, dtype=x.dtype, device=x.device)
+    storage[1:-2, 2:-3] = x
+    return storage[1:-2, 2:-3]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("softer", [1, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_is_at_most_twice_that_of_the_fp32_reference(shape, softer, prior, impl, device, nan_poisoned):
+    n, f, c = shape
+    t, ours, theirs = softer * released_temperature(n, f), [], []
+    for seed in range(3):
+        h = views(n, f, seed, device)
+        single = [x.float() for x in h]
+        h = [x.double() for x in single]
+        truth = run(plain(c, seed, t, prior), h)
+        ours.append([error(g, x) for g, x in zip(
+            run(streamed(c, seed, t, prior, impl), [nan_padded(x) for x in single]), truth)])
+        theirs.append([error(g, x) for g, x in zip(run(plain(c, seed, t, prior), single), truth)])
+    ours, theirs = (torch.tensor(e).square().mean(0).sqrt() for e in (ours, theirs))               # rms over seeds
+    assert (ours <= 2 * theirs.clamp(min=2 ** -23)).all(), (ours, theirs)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_streamed_equals_the_plain_form(prior, dtype, bound):
+    h, t = [x.to(dtype) for x in views(64, 256)], 4 * released_temperature(64, 256)
+    for got, want in zip(run(streamed(4096, 1, t, prior, "torch"), h), run(plain(4096, 1, t, prior), h)):
+        assert got.dtype == dtype and error(got, want.double()) < bound
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_gradcheck(prior):
+    h = [x.requires_grad_() for x in views(3, 5)]
+    assert torch.autograd.gradcheck(streamed(7, 0, 1., prior, "torch"), h)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+def test_one_view_may_be_detached(impl, wanted):
+    h = [x.float() for x in views(6, 9)]
+    both, one = (run(streamed(20, 0, 2., "reverse", impl), h, wanted=w) for w in ((True, True), wanted))
+    for whole, part, want in zip(both[2:], one[2:], wanted):
+        assert torch.equal(whole, part) if want else part is None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_slopes_made_in_several_pieces(impl, monkeypatch):
+    if impl == "triton":
+        monkeypatch.setattr(dictionary, "WORKSPACE", 1000)               # 41 codes at a time
+    h, t = views(12, 20), 2.
+    truth = run(plain(700, 3, t, "reverse"), h)
+    for got, want in zip(run(streamed(700, 3, t, "reverse", impl), [x.float() for x in h]), truth):
+        assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_logits_of_150_give_no_nan(impl, prior):
+    """Every code but a few underflows in every row: from probabilities, 0 log 0."""
+    signs = dictionary_signs(500, 64, 0)
+    h, t = [signs[:8].clone(), signs[[0, 1, 2, 3, 4, 5, 6, 9]].clone()], 64 / 150
+    got = run(streamed(500, 0, t, prior, impl), h)
+    truth = run(plain(500, 0, t, prior), [x.double() for x in h])
+    assert all(g.isfinite().all() for g in got)
+    assert all(error(g, x) < 1e-5 for g, x in zip(got, truth))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_input_is_accumulated_in_fp32(impl, dtype):
+    h, function = [x.to(dtype) for x in views(9, 16)], streamed(80, 0, 2., "reverse", impl)
+    truth = run(plain(80, 0, 2., "reverse"), [x.double() for x in h])
+    got = run(function, h)
+    assert got[0].dtype == got[1].dtype == torch.float32 and got[2].dtype == got[3].dtype == dtype
+    assert max(error(g, x) for g, x in zip(got[:2], truth)) < 1e-5
+    assert max(error(g, x) for g, x in zip(got[2:], truth[2:])) < torch.finfo(dtype).eps
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(run(function, h), got))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_runs_agree_to_the_bit(impl):
+    h = [x.float() for x in views(20, 8)]
+    runs = [run(streamed(300, 0, 1., "reverse", impl), h) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_signs_are_fair_independent_and_for_ever_the_same():
+    W = dictionary_signs(4096, 256, 7)
+    assert set(W.unique().tolist()) == {-1., 1.} and abs(W.mean()) < 4 / math.sqrt(W.numel())
+    for one, other in [(W, dictionary_signs(4096, 256, 8)), (W[1:], W[:-1]), (W[:, 1:], W[:, :-1]),
+                       (W[:, 32:], W[:, :-32])]:                         # seeds, codes, bits, words
+        assert abs((one * other).mean()) < 4 / math.sqrt(one.numel())
+    cosine = (W[:1000] @ W[:1000].T / 256).fill_diagonal_(0)
+    assert cosine.square().mean().item() == pytest.approx(1 / 256, rel=.01)
+    assert torch.equal(dictionary_signs(10, 256, 7), W[:10]) and torch.equal(dictionary_signs(9, 250, 7), W[:9, :250])
+    word = sum((dictionary_signs(3, 40, 2 ** 40 + 5) > 0)[2, k].item() << k for k in range(32))
+    x = (4 * 0x9E3779B1 + (2 ** 40 + 5) * 0x85EBCA6B) % 2 ** 32          # two words a code: the fourth hash
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        x = (x ^ x >> shift) * factor % 2 ** 32
+    assert word == x
+
+
+def test_memory_is_a_tenth_of_the_plain_forms_at_a_quarter_million_codes():
+    h, t, c = [x.float() for x in views(64, 256)], 4 * released_temperature(64, 256), 262_144
+    W = dictionary_signs(c, 256, 0)
+    dictionary_loss(*h, c, 0, t)                                         # the dictionary is held from now on
+    ours = peak_memory(lambda: run(streamed(c, 0, t, "reverse", "torch"), h))
+    theirs = peak_memory(lambda: run(lambda *h: dictionary_reference(*h, W, t), h))
+    assert theirs > 4 * (4 * 64 * c) and ours < .1 * theirs, (ours, theirs)
+
+
+def test_bad_input_is_named():
+    h = torch.zeros(4, 8)
+    for call, words in [
+            (lambda: dictionary_loss(h, h[:3], 9, 0, 1), r"h1 \[4, 8\] and h2 \[3, 8\]"),
+            (lambda: dictionary_loss(h.long(), h, 9, 0, 1), "h1 torch.int64"),
+            (lambda: dictionary_loss(h, h, 0, 0, 1), "codes 0 must be at least 1"),
+            (lambda: dictionary_loss(h, h, 9, -1, 1), "seed -1"),
+            (lambda: dictionary_loss(h, h, 9, 0, 0), "temperature 0"),
+            (lambda: dictionary_loss(h, h, 9, 0, 1, "uniform"), "prior='uniform'"),
+            (lambda: dictionary_loss(h, h, 9, 0, 1, impl="cuda"), "impl='cuda'")]:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_a_double_backward_says_there_is_none():
+    h = torch.randn(4, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        torch.autograd.grad(dictionary_loss(h, h.detach(), 9, 0, 1.)[0], h, create_graph=True)
