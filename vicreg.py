@@ -298,8 +298,11 @@ def die(message):
     sys.exit(2)
 
 
-def train(model, optimizer, data, args, folder, state):
-    """Minimise the sum of model(view1, view2, index)'s terms; a checkpoint and a line of metrics an epoch."""
+def train(model, optimizer, data, args, folder, state, meters=None):
+    """Minimise the sum of model(view1, view2, index)'s terms; a checkpoint and a line of metrics an epoch.
+
+    meters(model in eval mode) -> {name: number}, put into that line as "meters" if given.
+    """
     device, history, samples = data.images.device, [], args.batch * args.accumulate
     steps = len(data.images) // samples
     generator = torch.Generator(device).manual_seed(args.seed)       # order, poses, light and noise
@@ -352,8 +355,11 @@ def train(model, optimizer, data, args, folder, state):
             if not math.isfinite(line["loss"]):
                 bar.close()
                 die(f"the loss is {line['loss']} in epoch {epoch}: start anew, lower --lr, another --out")
+            model.eval()
+            if meters:
+                line["meters"] = meters(model)
             if data.labels is not None and epoch % max(1, args.epochs // 8) == 0:
-                h, h_test = encode(model.eval().encoder, data.images, data.test_images)
+                h, h_test = encode(model.encoder, data.images, data.test_images)
                 line["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
             history.append(line)
             checkpoint()
@@ -364,7 +370,7 @@ def draw_pictures(history, h_test, labels, baselines, folder):
     """curves.png: the loss terms and the probe over epochs. embedding.png: test features in 2-D, by class."""
     figure, epochs = Figure(figsize=(11, 3.8), layout="constrained"), range(1, len(history) + 1)
     left, right = figure.subplots(1, 2)
-    for name in [name for name in history[0] if name not in ("epoch", "knn")]:
+    for name in [name for name in history[0] if name not in ("epoch", "knn", "meters")]:
         left.plot(epochs, [line[name] for line in history], ":" if "floor" in name else "-", label=name)
     right.plot(epochs, [line.get("knn", math.nan) for line in history], "o", label="trained encoder")
     for (name, (knn, _)), style in zip(baselines.items(), ("--", ":")):
