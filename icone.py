@@ -15,8 +15,8 @@ What prevents collapse thus never looks at the batch: no term compares two image
     python icone.py --weight 0                           # without the diversity: collapse
 
 Expect k-NN accuracy .891 ± .014 and linear .906 ± .013 (mean ± std, 3 seeds; raw pixels .593, .169; random
-encoder .307 ± .042, .222 ± .018) in 61 to 67 s on 2 cores of an AMD EPYC with torch 2.13.0; at batch 1 and 32
-epochs .874 ± .022 and .892 ± .020 in 7 to 10 minutes on one core.
+encoder .307 ± .042, .222 ± .018) in 61 to 67 s on 2 cores of an AMD EPYC with torch 2.13.0; at batch 1 and
+32 epochs .874 ± .022 and .892 ± .020 in 7 to 10 minutes on one core.
 
 Choices of our own, each a switch: (1) --diversity logsumexp; relu2, the mean of max(0, <u_r, u_n>)^2, is the
 form of a third party, which calls itself "not an exact reproduction" (WagnerJon/organoid-3d-shape-retrieval);
@@ -473,6 +473,23 @@ def report(model, data, baselines, history, folder):
     print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
+def sizes(text):
+    """An option's type: 512-512 -> [512, 512]."""
+    layers = [int(size) for size in text.split("-")]
+    if min(layers) < 1:
+        raise ValueError
+    return layers
+
+
+def between(low, high=math.inf, kind=float):
+    """An option's type: numbers in [low, high)."""
+    def number(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high})")
+        return kind(text)
+    return number
+
+
 def options(description, **defaults):
     """The command line that every script has; `defaults` are the script's own."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
@@ -496,8 +513,11 @@ def options(description, **defaults):
     return parser
 
 
-def begin(parser, least_batch=1):
-    """Parse, check, load -> args, data on the device, the run's folder, the state to resume from or None."""
+def begin(parser, least_batch=1, check=None):
+    """Parse, check, load -> args, data on the device, the run's folder, the state to resume from or None.
+
+    check(args, data) may die of what the method cannot take; nothing is written before.
+    """
     args, state = parser.parse_args(), None
     folder = Path(args.out) if args.out else None
     if args.resume:
@@ -521,6 +541,8 @@ def begin(parser, least_batch=1):
             f"{args.batch} x {args.accumulate} needs as many of the first, the panel 4 of the second")
     if args.amp != "off" and args.device == "cpu" and data.images.ndim == 5:
         die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
+    if check:
+        check(args, data)
     try:
         data = data._replace(images=data.images.to(args.device), test_images=data.test_images.to(args.device))
         numbered = (Path("runs", f"{Path(sys.argv[0]).stem}-{k}") for k in range(1, 10 ** 6))
@@ -543,27 +565,15 @@ RECIPES = {
                            rows=0, centre=0., table_init="normal", table_lr=1.)}
 
 
-def sizes(text):
-    """512-128 -> [512, 128]; none -> []"""
-    layers = [int(size) for size in text.split("-")] if text != "none" else []
-    if min(layers, default=1) < 1:
-        raise ValueError
-    return layers
-
-
-def between(low, high=math.inf, kind=float):
-    def number(text):
-        if not low <= kind(text) < high:
-            raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high})")
-        return kind(text)
-    return number
+def head(text):
+    return [] if text == "none" else sizes(text)
 
 
 def main():
     parser = options(__doc__.split("\n")[0], **RECIPES["default"])
     add = parser.add_argument
     add("--recipe", default="default", choices=RECIPES, help="where options that are not given come from")
-    add("--projector", default="none", type=sizes, help="sizes of a head's layers, as 512-128; none: no head")
+    add("--projector", default="none", type=head, help="sizes of a head's layers, as 512-128; none: no head")
     add("--centre", type=between(0, 1), default=.99, help="the mean's momentum per 64 images; 0: no centring")
     add("--table-init", default="encoder", choices=["encoder", "normal"], help="the table's first value")
     add("--table-lr", type=between(0), default=10., help="the table's learning rate over the encoder's")

@@ -419,6 +419,23 @@ def report(model, data, baselines, history, folder):
     print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
+def sizes(text):
+    """An option's type: 512-512 -> [512, 512]."""
+    layers = [int(size) for size in text.split("-")]
+    if min(layers) < 1:
+        raise ValueError
+    return layers
+
+
+def between(low, high=math.inf, kind=float):
+    """An option's type: numbers in [low, high)."""
+    def number(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high})")
+        return kind(text)
+    return number
+
+
 def options(description, **defaults):
     """The command line that every script has; `defaults` are the script's own."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
@@ -442,8 +459,11 @@ def options(description, **defaults):
     return parser
 
 
-def begin(parser, least_batch=1):
-    """Parse, check, load -> args, data on the device, the run's folder, the state to resume from or None."""
+def begin(parser, least_batch=1, check=None):
+    """Parse, check, load -> args, data on the device, the run's folder, the state to resume from or None.
+
+    check(args, data) may die of what the method cannot take; nothing is written before.
+    """
     args, state = parser.parse_args(), None
     folder = Path(args.out) if args.out else None
     if args.resume:
@@ -467,6 +487,8 @@ def begin(parser, least_batch=1):
             f"{args.batch} x {args.accumulate} needs as many of the first, the panel 4 of the second")
     if args.amp != "off" and args.device == "cpu" and data.images.ndim == 5:
         die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
+    if check:
+        check(args, data)
     try:
         data = data._replace(images=data.images.to(args.device), test_images=data.test_images.to(args.device))
         numbered = (Path("runs", f"{Path(sys.argv[0]).stem}-{k}") for k in range(1, 10 ** 6))
@@ -483,20 +505,12 @@ def begin(parser, least_batch=1):
 
 
 # ==== Command line ==========================================================================================
-def sizes(text):
-    """512-512 -> [512, 512]"""
-    layers = [int(size) for size in text.split("-")]
-    if min(layers) < 1:
-        raise ValueError
-    return layers
-
-
 def main():
     parser = options(__doc__.split("\n")[0], batch=128, epochs=45, lr=3e-3)
     parser.add_argument("--projector", default="512-512", type=sizes, help="sizes of the projector's layers")
-    parser.add_argument("--invariance", type=float, default=25., help="weight lambda of s")
-    parser.add_argument("--variance", type=float, default=25., help="weight mu of v; 0 shows the collapse")
-    parser.add_argument("--covariance", type=float, default=1., help="weight nu of c")
+    parser.add_argument("--invariance", type=between(0), default=25., help="weight lambda of s")
+    parser.add_argument("--variance", type=between(0), default=25., help="weight mu of v; 0 shows collapse")
+    parser.add_argument("--covariance", type=between(0), default=1., help="weight nu of c")
     args, data, folder, state = begin(parser, least_batch=2)
     torch.manual_seed(args.seed)
     encoder = Encoder(data.images.shape[1], data.images.ndim - 2, args.width, args.depth).to(args.device)

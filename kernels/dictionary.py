@@ -85,7 +85,7 @@ def _held(codes, f, seed, device):
 def _blocks(h, codes, seed):
     """(codes' slice, their signs [C, f], logits [2, n, C]) for each block of the dictionary; h [2, n, f], scaled."""
     signs = _held(codes, h.shape[2], seed, h.device)
-    size = max(256, min(4096, 2 ** 18 // (2 * h.shape[1])))
+    size = max(256, min(4096, 2 ** 17 // h.shape[1], 2 ** 20 // h.shape[2]))               # 1 MB of logits, 4 MB of signs
     for first in range(0, codes, size):
         at = slice(first, min(first + size, codes))
         rows = signs[at].to(h.dtype)

@@ -23,13 +23,17 @@ METHODS = {  # name in the figure: script, its options, batch sizes
 COLUMNS = ["k-NN", "linear", "RankMe of z", "TwoNN of z"]
 
 
-def run(job):
-    """One run's numbers in the order of COLUMNS; a run that is already there is not repeated."""
-    folder, script, options = job
+def run(folder, script, options):
+    """The report of one run, which is not repeated if it is already there."""
     if not (folder / "report.json").exists():
         subprocess.run([sys.executable, ROOT / script, "--out", folder, "--device", "cpu", *options], check=True,
                        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    report = json.loads((folder / "report.json").read_text())
+    return json.loads((folder / "report.json").read_text())
+
+
+def numbers(job):
+    """One run's numbers in the order of COLUMNS."""
+    report = run(*job)
     panel = report["panel"]["projector z"]
     return [*report["k-NN, linear"]["trained encoder"], panel["RankMe"], panel["TwoNN"]]
 
@@ -49,7 +53,7 @@ def main():
                 jobs[name, size, seed] = folder.resolve(), script, [
                     "--batch", str(size), "--epochs", args.epochs, "--seed", str(seed), *options]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(jobs, pool.map(run, jobs.values())))
+        results = dict(zip(jobs, pool.map(numbers, jobs.values())))
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, len(COLUMNS))
     print(f"| method | batch | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
