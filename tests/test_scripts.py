@@ -1,4 +1,4 @@
-"""The scripts as their users run them: subprocesses in a folder of their own."""
+"""The scripts as their users run them: processes in a folder of their own."""
 import json
 import os
 import random
@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 
+import falcon
+import forked
 import icone
 import vicreg
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"vicreg.py": vicreg, "icone.py": icone}
+SCRIPTS = {"vicreg.py": vicreg, "icone.py": icone, "falcon.py": falcon}
 ROOMS = ["vicreg.py"]                                    # stands for all where only rooms that all share are at work
 FILES = {"config.json", "curves.png", "embedding.png", "encoder.pt", "features.npz", "last.pt", "metrics.jsonl",
          "report.json"}
+MORE_FILES = {"falcon.py": {"meters.json", "meters.png"}}
 SMALL = "--data small.npz --batch 8 --epochs 3 --width 4".split()
 
 
@@ -31,11 +34,6 @@ def with_data(path):
     rng = np.random.default_rng(0)
     np.savez(path / "small.npz", **images(rng, "train", 40, 12, 12), **images(rng, "test", 12, 12, 12))
     return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return with_data(tmp_path)
 
 
 def images(rng, split, n, *shape):
@@ -50,100 +48,6 @@ def command(script, *args):
 
 def run(folder, script, *args):
     return subprocess.run(command(script, *args), cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_ends_with_table_panel_verdict_and_files(folder, script):
-    done = run(folder, script, "--epochs", 1, "--width", 4)              # the built-in digits
-    assert done.returncode == 0, done.stderr
-    for row in ("raw pixels", "random encoder", "trained encoder"):
-        knn, linear = map(float, re.search(rf"^{row} +(\S+) +(\S+)$", done.stdout, re.M).groups())
-        assert .05 < knn < 1 and .05 < linear < 1
-    for column in ("raw std", "std", "cosine", "RankMe", "participation", "alignment", "uniformity", "TwoNN"):
-        assert column in done.stdout
-    assert re.search(r"^(No collapse|COLLAPSED|DIMENSIONAL COLLAPSE)", done.stdout, re.M)
-    assert "step/s" in done.stderr                                       # the progress bar
-    out = folder / "runs" / f"{Path(script).stem}-1"
-    assert {file.name for file in out.iterdir()} == FILES
-    line, = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    if script == "vicreg.py":
-        terms = [line[name] for name in ("invariance", "variance", "covariance")]
-        assert line["loss"] == pytest.approx(sum(terms)) and line["c_noise_floor"] == pytest.approx(511 / 127)
-        assert line["covariance"] == pytest.approx(2 * line["c_per_view"])
-    saved = torch.load(out / "encoder.pt", weights_only=True)
-    encoder = SCRIPTS[script].Encoder(**saved["config"])
-    encoder.load_state_dict(saved["state_dict"])
-    features = np.load(out / "features.npz")
-    h, = SCRIPTS[script].encode(encoder, SCRIPTS[script].load_data("digits").test_images)
-    np.testing.assert_allclose(features["test_features"], h, atol=1e-4)
-    assert features["train_features"].shape == (1437, 32) and features["test_labels"].shape == (1440,)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_killed_run_resumes_to_the_same_numbers(folder, script):
-    long = *SMALL, "--epochs", 16
-    assert run(folder, script, *long, "--out", "whole").returncode == 0
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command(script, *long, "--out", "killed"), cwd=folder, stderr=log, stdout=log)
-    metrics = folder / "killed" / "metrics.jsonl"
-    while not metrics.exists():
-        assert process.poll() is None, (folder / "log").read_text()
-        time.sleep(.01)
-    time.sleep(random.uniform(0, 1.5))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = len(metrics.read_text().splitlines())
-    done = run(folder, script, "--resume", "killed")
-    assert done.returncode == 0, done.stderr
-    assert metrics.read_bytes() == (folder / "whole" / "metrics.jsonl").read_bytes(), f"killed after {before} epochs"
-    a, b = (torch.load(folder / name / "last.pt", weights_only=True)["model"] for name in ("whole", "killed"))
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-@pytest.mark.parametrize("script", ROOMS)
-def test_ctrl_c_says_how_to_go_on(folder, script):
-    process = subprocess.Popen(  # a job in the background would inherit an ignored SIGINT
-        command(script, *SMALL, "--epochs", 3000, "--out", "run"), cwd=folder, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    try:
-        while not (folder / "run" / "metrics.jsonl").exists():
-            assert process.poll() is None
-            time.sleep(.01)
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    last = stderr.splitlines()[-1]
-    assert process.returncode == 2 and "Traceback" not in stderr, stderr
-    assert last.startswith(f"{script}: interrupted: nothing is lost") and "--resume" in last, stderr
-
-
-@pytest.mark.parametrize("script", ROOMS)
-def test_a_loss_that_is_not_finite_ends_the_run(folder, script):
-    done = run(folder, script, *SMALL, "--lr", 1e30)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert re.search(r"the loss is (nan|inf) in epoch \d.*lower --lr", done.stderr.splitlines()[-1])
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("shape, extra", [((12, 12, 3), ("--amp", "bf16")), ((10, 10, 10), ())])
-def test_colour_images_and_volumes(folder, script, shape, extra):
-    rng = np.random.default_rng(0)
-    np.savez(folder / "small.npz", **images(rng, "train", 40, *shape), **images(rng, "val", 12, *shape))
-    done = run(folder, script, *SMALL, *extra)
-    assert done.returncode == 0, done.stderr
-    assert "trained encoder" in done.stdout
-
-
-@pytest.mark.parametrize("script", ROOMS)
-def test_unlabelled_images_train_and_give_features(folder, script):
-    np.savez(folder / "small.npz", train_images=np.load(folder / "small.npz")["train_images"])
-    done = run(folder, script, *SMALL)
-    assert done.returncode == 0, done.stderr
-    assert "no class labels" in done.stdout and "k-NN" not in done.stdout and "RankMe" in done.stdout
-    features = np.load(folder / "runs" / f"{Path(script).stem}-1" / "features.npz")
-    assert features["train_features"].shape == (32, 32) and features["test_features"].shape == (8, 32)
 
 
 def truncate(path):
@@ -218,6 +122,8 @@ BAD = {  # what is wrong: (how it comes about -> arguments, words the message mu
     "resume with other options": (lambda folder: ("--resume", "half", "--epochs", 9), "--resume takes no other option"),
     "sizes that are none": (lambda folder: ("--projector", "512-0"), "--projector"),
     "temperature of 0": (lambda folder: ("--temperature", 0), "--temperature"),
+    "eps over 1 / (codes - 1)": (lambda folder: (*SMALL, "--eps", .01, "--codes", 101), "--eps 0.01 must be below"),
+    "a single code": (lambda folder: (*SMALL, "--codes", 1), "--codes"),
     "unknown option": (lambda folder: ("--epoch", 9), "--epoch"),
     "unknown device": (lambda folder: (*SMALL, "--device", "abacus"), "--device abacus")}
 
@@ -226,92 +132,259 @@ def snapshot(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-BAD_RUNS = [(script, wrong) for script in ROOMS for wrong in BAD] + [
-    ("icone.py", wrong) for wrong in ("missing file", "sizes that are none", "temperature of 0")]
+# ---- The runs: each a function (folder with small.npz, script) -> what its test looks at ---------------------
+def with_options(*args):
+    return lambda folder, script: forked.run(ROOT / script, args, folder)
+
+
+def on_shape(shape, *args):
+    def go(folder, script):
+        rng = np.random.default_rng(0)
+        np.savez(folder / "small.npz", **images(rng, "train", 40, *shape), **images(rng, "val", 12, *shape))
+        return forked.run(ROOT / script, (*SMALL, *args), folder)
+    return go
+
+
+def without_labels(folder, script):
+    np.savez(folder / "small.npz", train_images=np.load(folder / "small.npz")["train_images"])
+    return forked.run(ROOT / script, SMALL, folder)
+
+
+def copied(folder, script):
+    shutil.copy(ROOT / script, folder)
+    shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return subprocess.run([sys.executable, script, *SMALL, "--accumulate", "2"], cwd=folder, capture_output=True,
+                          text=True)
+
+
+def killed_and_resumed(folder, script):
+    """Exit status of a whole run, and of one that went on after SIGKILL at a random moment."""
+    long = *SMALL, "--epochs", 12
+    whole = run(folder, script, *long, "--out", "whole")
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command(script, *long, "--out", "killed"), cwd=folder, stderr=log, stdout=log)
+    metrics = folder / "killed" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None, (folder / "log").read_text()
+        time.sleep(.01)
+    time.sleep(random.uniform(0, 1.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return whole, run(folder, script, "--resume", "killed")
+
+
+def interrupted(folder, script):
+    process = subprocess.Popen(  # a job in the background would inherit an ignored SIGINT
+        command(script, *SMALL, "--epochs", 3000, "--out", "run"), cwd=folder, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    try:
+        while not (folder / "run" / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(.01)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        return process.communicate(timeout=60)[1], process
+    finally:
+        process.kill()
+
+
+def wrong(what):
+    def go(folder, script):
+        arguments = BAD[what][0](folder)
+        before = snapshot(folder)
+        return forked.run(ROOT / script, arguments, folder), before, snapshot(folder)
+    return go
+
+
+OF_FALCON = ["eps over 1 / (codes - 1)", "a single code"]
+OWN = {"vicreg.py": [what for what in BAD if what not in OF_FALCON],        # the rooms', for all
+       "icone.py": ["sizes that are none", "temperature of 0"], "falcon.py": ["sizes that are none", *OF_FALCON]}
+JOBS = {  # name: (scripts, function); where only shared rooms are at work, one script stands for all
+    "built-in digits": (SCRIPTS, with_options("--epochs", 1, "--width", 4)),
+    "killed and resumed": (SCRIPTS, killed_and_resumed),
+    "ctrl c": (ROOMS, interrupted),
+    "loss not finite": (ROOMS, with_options(*SMALL, "--lr", 1e30)),
+    "colour images": (ROOMS, on_shape((12, 12, 3), "--amp", "bf16")),
+    "volumes": (SCRIPTS, on_shape((10, 10, 10))),
+    "mixed precision": (["icone.py", "falcon.py"], with_options(*SMALL, "--amp", "bf16")),
+    "without labels": (["vicreg.py", "falcon.py"], without_labels),
+    "a copy": (SCRIPTS, copied),
+    "help": (SCRIPTS, with_options("--help")),
+    "one image": (SCRIPTS, with_options(*SMALL, "--batch", 1)),
+    "one volume": (["icone.py"], on_shape((10, 10, 10), "--batch", 1)),
+    "recipe": (["icone.py"], with_options(*SMALL, "--recipe", "reconstruction")),
+    "recipe and more": (["icone.py"], with_options(
+        *SMALL, "--recipe", "reconstruction", "--diversity", "koleo", "--projector", "16-8")),
+    "released": (["falcon.py"], with_options(*SMALL, "--recipe", "released", "--codes", 64, "--projector", 16)),
+    **{kind: (["falcon.py"], with_options(*SMALL, "--dictionary", kind)) for kind in ("alternating", "hybrid")},
+    "no prior": (["falcon.py"], with_options(*SMALL, "--prior", "none")),
+    **{what: ([script for script in SCRIPTS if what in OWN[script]], wrong(what)) for what in BAD}}
+
+
+def jobs(*names):
+    return pytest.mark.parametrize("job", [f"{script}: {name}" for name in names for script in JOBS[name][0]])
 
 
 @pytest.fixture(scope="module")
-def bad_runs(tmp_path_factory):
-    """{(script, what is wrong): what the run ended with, the folder before and after}, as many at a time as cores."""
-    def go(pair):
-        script, wrong = pair
-        folder = with_data(tmp_path_factory.mktemp("bad"))
-        arguments = BAD[wrong][0](folder)
-        before = snapshot(folder)
-        return run(folder, script, *arguments), before, snapshot(folder)
+def outcomes(request, tmp_path_factory):
+    """{job: (its folder, what its function returned)} for the tests that were chosen, as many at a time as cores."""
+    chosen = {item.callspec.params["job"] for item in request.session.items
+              if "job" in getattr(getattr(item, "callspec", None), "params", ())}
+    def go(job):
+        script, name = job.split(": ", 1)
+        folder = with_data(tmp_path_factory.mktemp("run"))
+        return folder, JOBS[name][1](folder, script)
+    chosen = sorted(chosen, key=lambda job: list(JOBS).index(job.split(": ", 1)[1]))           # the longest first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(BAD_RUNS, pool.map(go, BAD_RUNS)))
+        return dict(zip(chosen, pool.map(go, chosen)))
 
 
-@pytest.mark.parametrize("script, wrong", BAD_RUNS)
-def test_bad_input_gets_one_line_and_exit_code_2(bad_runs, script, wrong):
-    done, before, after = bad_runs[script, wrong]
-    assert done.returncode == 2, done.stderr
-    line, = done.stderr.splitlines()
-    assert line.startswith(f"{script}: ") and re.search(BAD[wrong][1], line), line
-    assert after == before                                               # nothing written, nothing overwritten
-
-
-def test_vicreg_refuses_a_batch_of_one(folder):
-    done = run(folder, "vicreg.py", *SMALL, "--batch", 1)
-    assert done.returncode == 2 and done.stderr == "vicreg.py: --batch 1 is too small: it must be at least 2 here\n"
-
-
-@pytest.mark.parametrize("shape", [(12, 12), (10, 10, 10)])
-def test_icone_trains_on_one_image_at_a_time(folder, shape):
-    rng = np.random.default_rng(0)
-    np.savez(folder / "small.npz", **images(rng, "train", 40, *shape), **images(rng, "test", 12, *shape))
-    done = run(folder, "icone.py", *SMALL, "--batch", 1)
+def finished(outcomes, job):
+    """Script and run folder of a run that ended well, and what it printed."""
+    folder, done = outcomes[job]
     assert done.returncode == 0, done.stderr
-    line = json.loads((folder / "runs" / "icone-1" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert line["loss"] == pytest.approx(line["alignment"] + line["diversity"]) and -1 <= line["cosine_to_all"] <= 1
+    script = job.split(": ")[0]
+    return script, folder / "runs" / f"{Path(script).stem}-1", done.stdout
 
 
-def test_icone_saves_its_table_with_the_run_not_with_the_encoder(folder):
-    assert run(folder, "icone.py", *SMALL).returncode == 0
-    run_folder = folder / "runs" / "icone-1"
-    assert torch.load(run_folder / "last.pt", weights_only=True)["model"]["table"].shape == (40, 32)
-    assert set(torch.load(run_folder / "encoder.pt", weights_only=True)["state_dict"]) == set(
-        icone.Encoder(1, 2, width=4).state_dict())
+def config_and_metrics(out):
+    return json.loads((out / "config.json").read_text()), [
+        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("options, expected", [
-    ((), dict(diversity="relu2", view_view=1, rows=0, table_init="normal", table_lr=1, projector=[], weight=1)),
-    (("--diversity", "koleo", "--projector", "16-8"), dict(diversity="koleo", projector=[16, 8], view_view=1))])
-def test_icone_recipe_sets_what_is_not_given(folder, options, expected):
-    done = run(folder, "icone.py", *SMALL, "--recipe", "reconstruction", *options)
-    assert done.returncode == 0, done.stderr
-    config = json.loads((folder / "runs" / "icone-1" / "config.json").read_text())
-    assert {name: config[name] for name in expected} == expected and config["batch"] == 8
+# ---- The tests ---------------------------------------------------------------------------------------------
+@jobs("built-in digits")
+def test_a_run_ends_with_table_panel_verdict_and_files(outcomes, job):
+    script, out, stdout = finished(outcomes, job)
+    for row in ("raw pixels", "random encoder", "trained encoder"):
+        knn, linear = map(float, re.search(rf"^{row} +(\S+) +(\S+)$", stdout, re.M).groups())
+        assert .05 < knn < 1 and .05 < linear < 1
+    for column in ("raw std", "std", "cosine", "RankMe", "participation", "alignment", "uniformity", "TwoNN"):
+        assert column in stdout
+    assert re.search(r"^(No collapse|COLLAPSED|DIMENSIONAL COLLAPSE)", stdout, re.M)
+    assert "step/s" in outcomes[job][1].stderr                           # the progress bar
+    assert {file.name for file in out.iterdir()} == FILES | MORE_FILES.get(script, set())
+    _, (line,) = config_and_metrics(out)
+    if script == "vicreg.py":
+        terms = [line[name] for name in ("invariance", "variance", "covariance")]
+        assert line["loss"] == pytest.approx(sum(terms)) and line["c_noise_floor"] == pytest.approx(511 / 127)
+        assert line["covariance"] == pytest.approx(2 * line["c_per_view"])
+    if script == "falcon.py":
+        assert line["loss"] == pytest.approx(line["prior"] + line["cross_entropy"])
+        meters = json.loads((out / "meters.json").read_text())
+        assert set(line["meters"]) < set(meters) and 0 < meters["NMI of a random assignment"] < meters["NMI"] < 1
+        assert "least loss: representation collapse, 0.7 log c 4.37" in stdout and "AMI" in stdout
+    saved = torch.load(out / "encoder.pt", weights_only=True)
+    encoder = SCRIPTS[script].Encoder(**saved["config"])
+    encoder.load_state_dict(saved["state_dict"])
+    features = np.load(out / "features.npz")
+    h, = SCRIPTS[script].encode(encoder, SCRIPTS[script].load_data("digits").test_images)
+    np.testing.assert_allclose(features["test_features"], h, atol=1e-4)
+    assert features["train_features"].shape == (1437, 32) and features["test_labels"].shape == (1440,)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_accumulated_batches_make_one_step(folder, script):
-    done = run(folder, script, *SMALL, "--accumulate", 2)
-    assert done.returncode == 0, done.stderr
-    last = torch.load(folder / "runs" / f"{Path(script).stem}-1" / "last.pt", weights_only=True)
+@jobs("killed and resumed")
+def test_a_killed_run_resumes_to_the_same_numbers(outcomes, job):
+    folder, done = outcomes[job]
+    assert all(process.returncode == 0 for process in done), [process.stderr for process in done]
+    a, b = ((folder / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed"))
+    assert a == b
+    a, b = (torch.load(folder / name / "last.pt", weights_only=True)["model"] for name in ("whole", "killed"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@jobs("ctrl c")
+def test_ctrl_c_says_how_to_go_on(outcomes, job):
+    stderr, process = outcomes[job][1]
+    last = stderr.splitlines()[-1]
+    assert process.returncode == 2 and "Traceback" not in stderr, stderr
+    assert last.startswith(f"{job.split(':')[0]}: interrupted: nothing is lost") and "--resume" in last, stderr
+
+
+@jobs("loss not finite")
+def test_a_loss_that_is_not_finite_ends_the_run(outcomes, job):
+    done = outcomes[job][1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"the loss is (nan|inf) in epoch \d.*lower --lr", done.stderr.splitlines()[-1])
+
+
+@jobs("colour images", "volumes", "mixed precision")
+def test_colour_images_volumes_and_mixed_precision(outcomes, job):
+    assert "trained encoder" in finished(outcomes, job)[2]
+
+
+@jobs("without labels")
+def test_unlabelled_images_train_and_give_features(outcomes, job):
+    _, out, stdout = finished(outcomes, job)
+    assert "no class labels" in stdout and "k-NN" not in stdout and "RankMe" in stdout and "NMI" not in stdout
+    features = np.load(out / "features.npz")
+    assert features["train_features"].shape == (32, 32) and features["test_features"].shape == (8, 32)
+
+
+@jobs("a copy")
+def test_a_copy_with_kernels_alone_runs_and_accumulated_batches_make_one_step(outcomes, job):
+    last = torch.load(finished(outcomes, job)[1] / "last.pt", weights_only=True)
     assert {float(part["step"]) for part in last["optimizer"]["state"].values()} == {6}     # 40 images // 16 x 3 epochs
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_copy_with_kernels_alone_runs(folder, script):
-    shutil.copy(ROOT / script, folder)
-    shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run([sys.executable, script, *SMALL], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_explains_every_option_with_its_default(folder, script):
-    done = run(folder, script, "--help")
-    assert done.returncode == 0
+@jobs("help")
+def test_help_explains_every_option_with_its_default(outcomes, job):
+    stdout = finished(outcomes, job)[2]
     for option in "data batch epochs lr seed device width projector imbalance out resume compile amp".split():
-        assert re.search(rf"^ +--{option}\b", done.stdout, re.M), option
-    assert done.stdout.count("(default:") >= 12
+        assert re.search(rf"^ +--{option}\b", stdout, re.M), option
+    assert stdout.count("(default:") >= 12
+
+
+@jobs(*BAD)
+def test_bad_input_gets_one_line_and_exit_code_2(outcomes, job):
+    _, (done, before, after) = outcomes[job]
+    assert done.returncode == 2, done.stderr
+    line, = done.stderr.splitlines()
+    script, what = job.split(": ", 1)
+    assert line.startswith(f"{script}: ") and re.search(BAD[what][1], line), line
+    assert after == before                                               # nothing written, nothing overwritten
+
+
+@jobs("one image", "one volume")
+def test_icone_alone_trains_on_one_image_at_a_time(outcomes, job):
+    script, done = job.split(": ")[0], outcomes[job][1]
+    if script == "icone.py":
+        _, (*_, line) = config_and_metrics(finished(outcomes, job)[1])
+        assert line["loss"] == pytest.approx(line["alignment"] + line["diversity"]) and -1 <= line["cosine_to_all"] <= 1
+    else:
+        assert done.returncode == 2
+        assert done.stderr == f"{script}: --batch 1 is too small: it must be at least 2 here\n"
+
+
+@jobs("recipe", "recipe and more")
+def test_icone_recipe_sets_what_is_not_given(outcomes, job):
+    out = finished(outcomes, job)[1]
+    config, expected = config_and_metrics(out)[0], dict(view_view=1, rows=0, table_init="normal", table_lr=1, weight=1)
+    more = dict(diversity="koleo", projector=[16, 8]) if "more" in job else dict(diversity="relu2", projector=[])
+    assert {**config, **expected, **more, "batch": 8} == config
+    table = torch.load(out / "last.pt", weights_only=True)["model"]["table"]
+    assert table.shape == (40, 8 if "more" in job else 32)               # with the run, not with the encoder
+    assert set(torch.load(out / "encoder.pt", weights_only=True)["state_dict"]) == set(
+        icone.Encoder(1, 2, width=4).state_dict())
+
+
+@jobs("released", "alternating", "hybrid")
+def test_falcon_recipe_and_dictionaries(outcomes, job):
+    out = finished(outcomes, job)[1]
+    config, keys = config_and_metrics(out)[0], torch.load(out / "last.pt", weights_only=True)["model"].keys()
+    assert ("moving" in keys) == ("seen" in keys or "hybrid" in job) and ("seen" in keys) == ("alternating" in job)
+    released = dict(norm="tanh", beta=1, temperature=1, weight_decay=1e-4, codes=64, projector=[16], batch=8)
+    assert ({**config, **released} == config) == ("released" in job)
+
+
+@jobs("no prior")
+def test_falcon_without_its_prior_minimises_the_cross_entropy_alone(outcomes, job):
+    for line in config_and_metrics(finished(outcomes, job)[1])[1]:
+        assert line["loss"] == line["cross_entropy"] and line["prior"] >= 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_compiled_model_trains(folder, script):
-    done = run(folder, script, *SMALL, "--compile")
+def test_compiled_model_trains(tmp_path, script):
+    done = run(with_data(tmp_path), script, *SMALL, "--compile")
     assert done.returncode == 0, done.stderr
