@@ -11,7 +11,7 @@ codes only as far as n / c forces them to, and W^T W / c goes to 1: with many co
     python falcon.py                                    # posed digits
     python falcon.py --codes 16384                      # more codes: less that can collapse
     python falcon.py --prior none                       # collapse, and the meters that show it
-    python falcon.py --recipe released                  # the authors' settings, for days rather than minutes
+    python falcon.py --recipe released                  # the authors' settings, for hours rather than minutes
 
 Expect k-NN accuracy .839 ± .025 and linear .879 ± .028 (mean ± std, 3 seeds; raw pixels .593, .169; random
 encoder .307 ± .042, .222 ± .018) in 73 to 84 s on 2 cores of an AMD EPYC with torch 2.13.0.

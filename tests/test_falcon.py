@@ -85,6 +85,15 @@ def test_identical_views_cost_log_c_less_the_information_between_sample_and_code
     assert released(h, h, 30, 1.) == pytest.approx(math.log(30) - information)
 
 
+@pytest.mark.parametrize("correlation, leaves", [(.4, False), (.6, True)])
+def test_the_plateau_is_left_only_where_views_correlate_by_more_than_a_half(correlation, leaves):
+    """Small features around the uniform assignment: CE = log c + mean (d_a^2 + d_b^2) / 4 - d_a d_b, to second order."""
+    a, b = torch.randn(2, 4000, 16, generator=torch.Generator().manual_seed(0)).double()
+    views = a, correlation * a + math.sqrt(1 - correlation ** 2) * b
+    ce = dictionary_loss(*(.01 * h for h in views), 64, 0, 1.)[1].item()
+    assert (ce < math.log(64)) == leaves
+
+
 @pytest.mark.parametrize("c, rms, rank", [(10, None, 10), (128, .088, None), (1024, .031, 128), (16384, .0077, 128)])
 def test_decorrelation_goes_with_one_over_sqrt_c(c, rms, rank):
     """Second moment of features in balanced alignment, W W^T / c: the meter sees 1 / sqrt(c)."""
