@@ -5,7 +5,8 @@
     python -m kernels.benchmark --covariance --bank 256x200000x128 --dictionary
 
 Each row is forward + backward in fp32: of variance + covariance at one size [N, D], of one loss of a batch [B, d]
-against a bank [N, d], or of FALCON's loss of two views [n, f] and c codes. Implementations take turns, so that a drift of the machine's speed meets all of them alike;
+against a bank [N, d], or of FALCON's loss of two views [n, f] and c codes. Implementations take turns, so that a drift
+of the machine's speed meets all of them alike;
 medians are printed. Memory is the peak of what was allocated on top of the input, gradients included. The floor is the
 larger of operations / measured matmul rate and bytes / measured copy rate, both measured in the same run. An
 implementation that disagrees with float64 is not timed: the run stops with exit code 2.

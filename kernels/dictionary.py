@@ -3,9 +3,9 @@
     dictionary_loss(h1, h2, codes, seed, t)     prior, cross_entropy of two views' assignments to c codes
     dictionary_signs(codes, f, seed)            the dictionary itself, W [c, f] of +-1
 
-h1, h2 [n, f]: features of two views, of which p = softmax(h W^T / t) [n, c] are soft assignments to codes. The signs are
-bits of a hash of (seed, code, feature): a GPU makes them where it needs them and never stores the dictionary, a CPU
-holds it as bytes, and both have the same one.
+h1, h2 [n, f]: features of two views, of which p = softmax(h W^T / t) [n, c] are soft assignments to codes. The signs
+are bits of a hash of (seed, code, feature): a GPU makes them where it needs them and never stores the dictionary, a
+CPU holds it as bytes, and both have the same one.
 
 Arithmetic and bytes. The textbook form keeps p and log p of both views and their gradients, some ten arrays of n x c
 numbers: 700 MB at n = 64, c = 262,144. Streaming over the codes keeps O(n f + c), at the price of making the logits
@@ -55,8 +55,8 @@ def dictionary_reference(h1, h2, W, temperature, prior="reverse"):
 #
 #   dCE/ds_ij = [a (ln 2 (E_i - log b) + 1) - b] / 2n        dprior/ds_ij = a (g_j - R_i) / 2n, x ln 2 if reverse
 #
-# where 2n comes from the mean over rows and views, and dh_i = sum_j ds_ij w_j / t. R needs m, and m needs all rows: three
-# passes over the dictionary, lse | m, E, R | gradient; lse, m, E and R are all that is kept for the backward.
+# where 2n comes from the mean over rows and views, and dh_i = sum_j ds_ij w_j / t. R needs m, and m needs all rows:
+# three passes over the dictionary, lse | m, E, R | gradient; lse, m, E and R are all that is kept for the backward.
 
 WORD = 32                                              # signs that come from one hash
 
@@ -85,7 +85,7 @@ def _held(codes, f, seed, device):
 def _blocks(h, codes, seed):
     """(codes' slice, their signs [C, f], logits [2, n, C]) for each block of the dictionary; h [2, n, f], scaled."""
     signs = _held(codes, h.shape[2], seed, h.device)
-    size = max(256, min(4096, 2 ** 17 // h.shape[1], 2 ** 20 // h.shape[2]))               # 1 MB of logits, 4 MB of signs
+    size = max(256, min(4096, 2 ** 17 // h.shape[1], 2 ** 20 // h.shape[2]))      # 1 MB of logits, 4 of signs
     for first in range(0, codes, size):
         at = slice(first, min(first + size, codes))
         rows = signs[at].to(h.dtype)
@@ -135,7 +135,7 @@ def _backward_torch(h, codes, seed, reverse, lse, m, E, R, g_prior, g_cross):
 # ---- Triton ------------------------------------------------------------------------------------------------
 # Static tile sizes, no atomics: bitwise reproducible. Each of four kernels makes its tiles of logits, 64 rows of one or
 # both views times 32 codes, from features it loads and signs it makes: one hash a code and 32 features. _code_means
-# owns codes and walks the rows; _row_sums and _row_terms own rows, walk one slab of the codes and leave partial results;
+# owns codes and walks the rows; _row_sums and _row_terms own rows, walk one slab of the codes, leave partial results;
 # _slopes writes ds for as many codes as 16 MB hold, which _times_signs multiplies by the signs before the next ones are
 # made. Features past an edge are 0, rows and codes past theirs are set to -inf before an exp.
 if triton is not None:
@@ -203,8 +203,8 @@ if triton is not None:
 
     @triton.jit
     def _both(h, lse, m, row, n, code, last, codes, f, words, seed, STEP: tl.constexpr, PRECISION: tl.constexpr):
-        """For rows [R] of both views and codes [C] below last: log a, log b, a, b, a / m, b / m, [R, C] each, and m [1, C]
-        of both views; 0 past the edges."""
+        """For rows [R] of both views and codes [C] below last: log a, log b, a, b, a / mean, b / mean [R, C], 0 past
+        the edges, and m [1, C] of both views."""
         n64 = tl.cast(n, tl.int64)
         a_log = _log_p(h, lse, row, n, code, last, f, words, seed, STEP, PRECISION)
         b_log = _log_p(h + n64 * f, lse + n, row, n, code, last, f, words, seed, STEP, PRECISION)

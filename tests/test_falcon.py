@@ -87,7 +87,7 @@ def test_identical_views_cost_log_c_less_the_information_between_sample_and_code
 
 @pytest.mark.parametrize("correlation, leaves", [(.4, False), (.6, True)])
 def test_the_plateau_is_left_only_where_views_correlate_by_more_than_a_half(correlation, leaves):
-    """Small features around the uniform assignment: CE = log c + mean (d_a^2 + d_b^2) / 4 - d_a d_b, to second order."""
+    """Small features, near the uniform p (1 + d): CE = log c + mean (d_a^2 + d_b^2) / 4 - d_a d_b, to second order."""
     a, b = torch.randn(2, 4000, 16, generator=torch.Generator().manual_seed(0)).double()
     views = a, correlation * a + math.sqrt(1 - correlation ** 2) * b
     ce = dictionary_loss(*(.01 * h for h in views), 64, 0, 1.)[1].item()
