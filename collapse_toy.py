@@ -15,7 +15,8 @@ points that are not collapsed; mean-field theory describes it; a linear teacher-
 Our reading: the graph of samples and labels, the four heads, starts, rates, the teacher-student's details.
 Derived here: every formula under "Theory". None of the numbers is the paper's.
 
-Expect a table, theory beside measurement, and seven figures in runs/collapse_toy-1, in 16 s on an AMD EPYC.
+Expect a table, theory beside measurement, and seven figures in runs/collapse_toy-1, in 16 to 19 s on an AMD
+EPYC.
 Time is in units of 1 / (a clean sample's rate), length in standard deviations of the class centres.
 """
 import argparse
