@@ -25,6 +25,7 @@ SCRIPTS = {"vicreg.py": vicreg, "icone.py": icone, "falcon.py": falcon}
 ROOMS = ["vicreg.py"]                                    # stands for all where only rooms that all share are at work
 FILES = {"config.json", "curves.png", "embedding.png", "encoder.pt", "features.npz", "last.pt", "metrics.jsonl",
          "report.json"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}      # runs go as many at a time as there are cores
 MORE_FILES = {"falcon.py": {"meters.json", "meters.png"}}
 SMALL = "--data small.npz --batch 8 --epochs 3 --width 4".split()
 
@@ -47,7 +48,8 @@ def command(script, *args):
 
 
 def run(folder, script, *args):
-    return subprocess.run(command(script, *args), cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(script, *args), cwd=folder, capture_output=True, text=True, timeout=300,
+                          env=ONE_THREAD)
 
 
 def truncate(path):
@@ -162,7 +164,8 @@ def killed_and_resumed(folder, script):
     long = *SMALL, "--epochs", 16
     whole = run(folder, script, *long, "--out", "whole")
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command(script, *long, "--out", "killed"), cwd=folder, stderr=log, stdout=log)
+        process = subprocess.Popen(command(script, *long, "--out", "killed"), cwd=folder, stderr=log, stdout=log,
+                                   env=ONE_THREAD)
     metrics = folder / "killed" / "metrics.jsonl"
     while not metrics.exists():
         assert process.poll() is None, (folder / "log").read_text()
