@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+import ba_ssl
 import falcon
 import forked
 import icone
 import vicreg
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"vicreg.py": vicreg, "icone.py": icone, "falcon.py": falcon}
+SCRIPTS = {"vicreg.py": vicreg, "icone.py": icone, "falcon.py": falcon, "ba_ssl.py": ba_ssl}
 ROOMS = ["vicreg.py"]                                    # stands for all where only rooms that all share are at work
 FILES = {"config.json", "curves.png", "embedding.png", "encoder.pt", "features.npz", "last.pt", "metrics.jsonl",
          "report.json"}
@@ -126,6 +127,8 @@ BAD = {  # what is wrong: (how it comes about -> arguments, words the message mu
     "temperature of 0": (lambda folder: ("--temperature", 0), "--temperature"),
     "eps over 1 / (codes - 1)": (lambda folder: (*SMALL, "--eps", .01, "--codes", 101), "--eps 0.01 must be below"),
     "a single code": (lambda folder: (*SMALL, "--codes", 1), "--codes"),
+    "patches that do not fit": (lambda folder: (*SMALL, "--patch", 5), r"--patch 5 .*canvas \[12, 12\]"),
+    "no head but for icone": (lambda folder: (*SMALL, "--projector", "none"), "--projector none.*give simclr"),
     "unknown option": (lambda folder: ("--epoch", 9), "--epoch"),
     "unknown device": (lambda folder: (*SMALL, "--device", "abacus"), "--device abacus")}
 
@@ -200,17 +203,19 @@ def wrong(what):
 
 
 OF_FALCON = ["eps over 1 / (codes - 1)", "a single code"]
+OF_BA_SSL = ["patches that do not fit", "no head but for icone"]
 EACH = ["missing file", "sizes that are none", "temperature of 0"]
-OWN = {"vicreg.py": [what for what in BAD if what not in OF_FALCON],        # the rooms', for all
-       "icone.py": EACH, "falcon.py": [*EACH, *OF_FALCON]}
+OWN = {"vicreg.py": [what for what in BAD if what not in OF_FALCON + OF_BA_SSL],        # the rooms', for all
+       "icone.py": EACH, "falcon.py": [*EACH, *OF_FALCON],
+       "ba_ssl.py": [*EACH, "batch over the data", *OF_BA_SSL]}
 JOBS = {  # name: (scripts, function); where only shared rooms are at work, one script stands for all
     "built-in digits": (SCRIPTS, with_options("--epochs", 1, "--width", 4)),
     "killed and resumed": (SCRIPTS, killed_and_resumed),
     "ctrl c": (ROOMS, interrupted),
     "loss not finite": (ROOMS, with_options(*SMALL, "--lr", 1e30)),
     "colour images": (SCRIPTS, on_shape((12, 12, 3), "--amp", "bf16")),
-    "volumes": (SCRIPTS, on_shape((10, 10, 10))),
-    "without labels": (["vicreg.py", "falcon.py"], without_labels),
+    "volumes": (SCRIPTS, on_shape((8, 12, 8))),
+    "without labels": (["vicreg.py", "falcon.py", "ba_ssl.py"], without_labels),
     "a copy": (SCRIPTS, copied),
     "help": (SCRIPTS, with_options("--help")),
     "one image": (SCRIPTS, with_options(*SMALL, "--batch", 1)),
@@ -220,6 +225,9 @@ JOBS = {  # name: (scripts, function); where only shared rooms are at work, one 
         *SMALL, "--recipe", "reconstruction", "--diversity", "koleo", "--projector", "16-8")),
     "released": (["falcon.py"], with_options(*SMALL, "--recipe", "released", "--codes", 64, "--projector", 16)),
     **{kind: (["falcon.py"], with_options(*SMALL, "--dictionary", kind)) for kind in ("alternating", "hybrid")},
+    **{f"loss {loss}": (["ba_ssl.py"], with_options(*SMALL, "--loss", loss)) for loss in ("vicreg", "falcon", "icone")},
+    "no fusion": (["ba_ssl.py"], with_options(*SMALL, "--no-fusion", "--patch", 5)),
+    "mixup": (["ba_ssl.py"], with_options(*SMALL, "--batch", 40, "--mixing", "mixup")),      # 12 test images
     "no prior": (["falcon.py"], with_options(*SMALL, "--prior", "none")),
     **{what: ([script for script in SCRIPTS if what in OWN[script]], wrong(what)) for what in BAD}}
 
@@ -336,6 +344,8 @@ def test_help_explains_every_option_with_its_default(outcomes, job):
     for option in "data batch epochs lr seed device width projector imbalance out resume compile amp".split():
         assert re.search(rf"^ +--{option}\b", stdout, re.M), option
     assert stdout.count("(default:") >= 12
+    for option in ("batch", "epochs", "lr"):
+        assert re.search(rf"--{option} [^-]*\(default:\s+[\d.]+\)", stdout), option
 
 
 @jobs(*BAD)
@@ -384,6 +394,25 @@ def test_falcon_recipe_and_dictionaries(outcomes, job):
 def test_falcon_without_its_prior_minimises_the_cross_entropy_alone(outcomes, job):
     for line in config_and_metrics(finished(outcomes, job)[1])[1]:
         assert line["loss"] == line["cross_entropy"] and line["prior"] >= 0
+
+
+@jobs("loss vicreg", "loss falcon", "loss icone", "no fusion", "mixup")
+def test_ba_ssl_base_methods_fusion_and_controls(outcomes, job):
+    _, out, stdout = finished(outcomes, job)
+    config, lines = config_and_metrics(out)
+    last = torch.load(out / "last.pt", weights_only=True)
+    assert ("table" in last["model"]) == (config["loss"] == "icone") == (last["optimizer"]["param_groups"][-1][
+        "initial_lr"] == 10 * config["lr"])
+    assert config["projector"] == ba_ssl.RECIPES[config["loss"]]["projector"]
+    fused = "no fusion" not in job
+    probes = json.loads((out / "report.json").read_text())["k-NN, linear"]
+    assert fused == ("with the module" in stdout) == ("with the module" in probes) == ("of pure noise" in stdout)
+    for line in lines:
+        meters = line["meters"]
+        assert meters["chance"] == pytest.approx(np.log(2 * config["batch"] - 1)) and meters["noise_nt_xent"] > 0
+        assert ("gate" in meters) == fused
+    if fused:
+        assert (meters["gate"] == pytest.approx(.2)) if "mixup" in job else 0 < abs(meters["gate"]) < .2
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OTHERS = ["icone.py", "falcon.py"]
+OTHERS = ["icone.py", "falcon.py", "ba_ssl.py"]
 FIRST, LAST = "# ==== The same in every script ", "# ==== Command line "
 
 
