@@ -429,7 +429,8 @@ def draw_pictures(history, h_test, labels, baselines, folder):
     right.plot(epochs, [line.get("knn", math.nan) for line in history], "o", label="trained encoder")
     for (name, (knn, _)), style in zip(baselines.items(), ("--", ":")):
         right.axhline(knn, color="gray", ls=style, label=name)
-    left.set_yscale("symlog", linthresh=.01)                         # logarithmic, but for terms that cross 0
+    left.set_yscale("symlog", linthresh=.01, subs=[2, 3, 5])         # logarithmic, but for terms that cross 0
+    left.yaxis.set_minor_formatter("{x:g}")                          # a term may stay within a decade
     left.set(xlabel="epoch", ylabel="mean over the epoch")
     right.set(xlabel="epoch", ylabel="k-NN accuracy on test features", xlim=(0, None), ylim=(0, 1))
     for axis in (left, right):
@@ -439,9 +440,10 @@ def draw_pictures(history, h_test, labels, baselines, folder):
     xy = tsne.fit_transform(preprocessing.StandardScaler().fit_transform(h_test))
     figure = Figure(figsize=(6, 5.2), layout="constrained")
     axis = figure.subplots()
-    points = axis.scatter(*xy.T, s=6, c="gray" if labels is None else labels, cmap="tab10")
-    if labels is not None:
-        figure.colorbar(points, label="class")
+    if labels is None:
+        axis.scatter(*xy.T, s=6, c="gray")
+    else:
+        figure.colorbar(axis.scatter(*xy.T, s=6, c=labels, cmap="tab10"), label="class")
     axis.set(xticks=[], yticks=[], title="t-SNE of the encoder's test features")
     figure.savefig(folder / "embedding.png", dpi=110)
 
