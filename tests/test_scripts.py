@@ -241,10 +241,10 @@ def outcomes(request, tmp_path_factory):
     """{job: (its folder, what its function returned)} for the tests that were chosen, as many at a time as cores."""
     chosen = {item.callspec.params["job"] for item in request.session.items
               if "job" in getattr(getattr(item, "callspec", None), "params", ())}
+    folders = {job: tmp_path_factory.mktemp("run") for job in chosen}    # mktemp is not safe among threads
     def go(job):
         script, name = job.split(": ", 1)
-        folder = with_data(tmp_path_factory.mktemp("run"))
-        return folder, JOBS[name][1](folder, script)
+        return folders[job], JOBS[name][1](with_data(folders[job]), script)
     chosen = sorted(chosen, key=lambda job: list(JOBS).index(job.split(": ", 1)[1]))           # the longest first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(chosen, pool.map(go, chosen)))
