@@ -1,22 +1,23 @@
 """FALCON: a fixed random dictionary of codes and a uniform prior, proof against four kinds of collapse.
 
-Sansone, Lebailly, Tuytelaars, arXiv 2410.04959, as the authors' code has it (emsansone/CPLearn). Features h
-[n, f] of a view are compared with c codes, random signs W [c, f], never trained: p = softmax(h W^T / tau).
+Sansone, Lebailly, Tuytelaars, arXiv 2410.04959, as the authors' code has it (emsansone/CPLearn). Embeddings z
+[n, f] of a view (h in the paper) are compared with c codes, random signs W [c, f], never trained:
 
-    L = KL(mean p || uniform) + beta CE(p, p')       each a mean over the two views, gradients into both
+    p = softmax(z W^T / tau),   L = KL(mean p || uniform) + beta CE(p, p')
 
-CE wants each image sure of its code and both views to agree; the prior wants all codes used. Images share
-codes only as far as n / c forces them to, and W^T W / c goes to 1: with many codes features fill all of R^f.
+each term a mean over the two views, gradients into both. CE wants each image sure of its code and both
+views to agree; the prior wants all codes used. Images share codes only as far as n / c forces them to, and
+W^T W / c goes to 1: with many codes embeddings fill all of R^f.
 
     python falcon.py                                    # posed digits
     python falcon.py --codes 16384                      # more codes: less that can collapse
     python falcon.py --prior none                       # collapse, and the meters that show it
     python falcon.py --recipe released                  # the authors' settings, for hours rather than minutes
 
-Expect k-NN accuracy .839 ± .025 and linear .879 ± .028 (mean ± std, 3 seeds; raw pixels .593, .169; random
-encoder .307 ± .042, .222 ± .018) in 73 to 84 s on 2 cores of an AMD EPYC with torch 2.13.0.
+Expect k-NN accuracy 0.839 ± 0.025 and linear 0.879 ± 0.028 (mean ± std, 3 seeds; raw pixels 0.593, 0.169;
+random encoder 0.307 ± 0.042, 0.222 ± 0.018) in 73 to 84 s on 2 cores of an AMD EPYC with torch 2.13.0.
 
-Deviations from the released code: (1) L2-normalised features (the preprint's), f = 64, c = 512, beta = .7,
+Deviations from the released code: (1) L2-normalised embeddings (the preprint's), f = 64, c = 512, beta = 0.7,
 lr 6e-3, 45 epochs (release: tanh, 2048, 16,384, 1, 2.5e-4, 1000): a short run does not leave the plateau at
 log c otherwise. --recipe released keeps theirs. (2) log mean p by logsumexp: from probabilities it is NaN
 once a code underflows. (3) The dictionary comes from a hash of the seed and is in no checkpoint. (4) Small
@@ -26,40 +27,47 @@ known at second hand. (6) The learnable dictionaries are our reading of three na
 import argparse
 import json
 import math
+import os
 import sys
 from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads sleep, others may work
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from matplotlib.figure import Figure
-from sklearn import datasets, linear_model, manifold, preprocessing
-from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
-from sklearn.mixture import GaussianMixture
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm import tqdm
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+from sklearn.mixture import GaussianMixture
 
-from kernels import bank_topk, dictionary_loss, dictionary_reference, dictionary_signs
+from kernels import (bank_topk, collapse_panel, dictionary_loss, dictionary_reference, dictionary_signs,
+                     knn_accuracy, verdict)
 
 
 # ==== The method ============================================================================================
 def derived_temperature(n, f, codes, eps=1e-8):
     """tau = f / (sqrt(n) Lam), Lam = log((1 - eps (c - 1)) / eps): the released code's, for n images a view.
 
-    With orthogonal codes, h = w_j / sqrt(n) then gives 1 - eps (c - 1) to code j and eps to each other one.
+    With orthogonal codes, z = w_j / sqrt(n) then gives 1 - eps (c - 1) to code j and eps to each other one.
     ValueError unless 0 < eps < 1 / (c - 1).
     """
-    if not 0 < eps * (codes - 1) < 1:
+    others = eps * (codes - 1)
+    if not 0 < others < 1:
         raise ValueError(f"eps {eps} must be above 0 and below 1 / (codes - 1), {codes} codes at least 2")
-    return f / (math.sqrt(n) * math.log((1 - eps * (codes - 1)) / eps))
+    return f / (math.sqrt(n) * math.log((1 - others) / eps))
 
 
 class Sphere(nn.Module):
-    """Rows of length sqrt(f / n): the preprint's features, in place of tanh."""
+    """Rows of length sqrt(f / n): the preprint's embeddings, in place of tanh."""
 
     def __init__(self, length):
         super().__init__()
@@ -69,203 +77,212 @@ class Sphere(nn.Module):
         return self.length * F.normalize(x)
 
 
-class FALCON(nn.Module):
-    """Encoder, projector (Linear, BatchNorm, tanh or L2 norm), dictionary of `codes` codes in R^sizes[-1].
+def head(features, sizes, final):
+    """h [B, features] -> z [B, sizes[-1]]: Linear, BatchNorm, ReLU; at last `final` in place of ReLU."""
+    layers = nn.Sequential()
+    for size in sizes:
+        layers.extend([nn.Linear(features, size), nn.BatchNorm1d(size), nn.ReLU()])
+        features = size
+    layers[-1] = final
+    return layers
 
-    batch: images of a view, n. times: temperature over the derived one. prior: reverse, forward or none.
-    kind: fixed, or one of three learnable ones, which start at the fixed one and keep its rows' length:
+
+class FALCON(nn.Module):
+    """An encoder to `features` numbers, a projector with layers of these sizes, a dictionary of codes.
+
+    batch: images of a view, n. temperature: over the derived one. prior: reverse, forward or none.
+    dictionary: fixed, or one of three learnable ones, which start at the fixed one and keep its rows' length:
     learned by gradient; hybrid, a quarter of it by gradient; alternating, a step of k-means every 8 batches
-    on the features of the last 32.
+    on the embeddings of the last 32.
     """
 
-    def __init__(self, encoder, batch, sizes=(64,), codes=512, norm="l2", prior="reverse", beta=.7, times=1.,
-                 eps=1e-8, kind="fixed", seed=0):
+    def __init__(self, encoder, features, batch, projector=(64,), codes=512, norm="l2", prior="reverse",
+                 beta=0.7, temperature=1., eps=1e-8, dictionary="fixed", seed=0):
         super().__init__()
-        features = sizes[-1]
-        self.encoder, self.prior, self.beta, self.kind = encoder, prior, beta, kind
-        self.features, self.codes, self.seed = features, codes, seed
-        self.temperature = times * derived_temperature(batch, features, codes, eps)
-        layers = []
-        for width, size in zip((encoder.features, *sizes), sizes):
-            layers += [nn.Linear(width, size), nn.BatchNorm1d(size), nn.ReLU()]
-        final = nn.Tanh() if norm == "tanh" else Sphere(math.sqrt(features / batch))
-        self.projector = nn.Sequential(*layers[:-1], final)
-        if kind != "fixed":
-            moving = dictionary_signs(max(1, codes // 4) if kind == "hybrid" else codes, features, seed)
-            self.moving = nn.Parameter(moving, requires_grad=kind != "alternating")
-        if kind == "alternating":
-            self.register_buffer("seen", torch.zeros(32, 2 * batch, features))
+        f = projector[-1]
+        final = nn.Tanh() if norm == "tanh" else Sphere(math.sqrt(f / batch))
+        self.encoder = encoder
+        self.projector = head(features, projector, final)
+        self.temperature = temperature * derived_temperature(batch, f, codes, eps)
+        self.prior = prior
+        self.beta = beta
+        self.dictionary = dictionary
+        self.codes = codes
+        self.width = f
+        self.seed = seed
+        if dictionary != "fixed":
+            moving = max(1, codes // 4) if dictionary == "hybrid" else codes
+            start = dictionary_signs(moving, f, seed)
+            self.moving = nn.Parameter(start, requires_grad=dictionary != "alternating")
+        if dictionary == "alternating":
+            self.register_buffer("seen", torch.zeros(32, 2 * batch, f))
             self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    def dictionary(self):
-        """W [codes, features], rows of length sqrt(features)."""
+    def code_vectors(self):
+        """W [codes, f], rows of length sqrt(f)."""
         device = next(self.parameters()).device
-        fixed = dictionary_signs(self.codes, self.features, self.seed, device=device)
-        if self.kind == "fixed":
+        fixed = dictionary_signs(self.codes, self.width, self.seed, device=device)
+        if self.dictionary == "fixed":
             return fixed
-        return torch.cat([F.normalize(self.moving) * math.sqrt(self.features), fixed[len(self.moving):]])
+        moved = F.normalize(self.moving) * math.sqrt(self.width)
+        return torch.cat([moved, fixed[len(moved):]])
 
     @torch.no_grad()
-    def cluster(self, h):
-        """h [2n, f] -> one step of k-means: codes move to the mean of the features nearest to them."""
-        self.seen[self.count % 32] = h
+    def cluster(self, z):
+        """z [2n, f] -> one step of k-means: codes move to the mean of the embeddings nearest to them."""
+        self.seen[self.count % 32] = z
         self.count += 1
         if self.count % 8 == 0:
-            h = self.seen[:self.count].flatten(0, 1)
-            code = bank_topk(h, self.dictionary(), 1)[1][:, 0]
-            means = torch.zeros_like(self.moving).index_add_(0, code, h)
+            z = self.seen[:self.count].flatten(0, 1)
+            _, nearest = bank_topk(z, self.code_vectors(), 1)        # [.., 1]
+            code = nearest[:, 0]
+            means = torch.zeros_like(self.moving).index_add_(0, code, z)
             used = means.norm(dim=1) > 0
-            self.moving[used] = F.normalize(means[used]) * math.sqrt(self.features)
+            self.moving[used] = F.normalize(means[used]) * math.sqrt(self.width)
 
     def forward(self, view1, view2, index=None):
-        """Views [B, C, *S] -> terms, whose sum is optimised, and notes, which are only logged."""
-        h1, h2 = (self.projector(h) for h in self.encoder(torch.cat([view1, view2])).chunk(2))   # [B, f] each
+        h1, h2 = self.encoder(torch.cat([view1, view2])).chunk(2)    # [B, E]
+        z1 = self.projector(h1)                                      # [B, f]
+        z2 = self.projector(h2)
         prior = "reverse" if self.prior == "none" else self.prior
-        if self.kind == "fixed":
-            kl, ce = dictionary_loss(h1, h2, self.codes, self.seed, self.temperature, prior)
+        if self.dictionary == "fixed":
+            kl, ce = dictionary_loss(z1, z2, self.codes, self.seed, self.temperature, prior)
         else:
-            if self.kind == "alternating" and self.training:
-                self.cluster(torch.cat([h1, h2]).float())
-            with torch.autocast(h1.device.type, enabled=False):
-                h1, h2, W = h1.float(), h2.float(), self.dictionary()
-                kl, ce = dictionary_reference(h1, h2, W, self.temperature, prior)
+            if self.dictionary == "alternating" and self.training:
+                self.cluster(torch.cat([z1, z2]).float())
+            with torch.autocast(z1.device.type, enabled=False):
+                W = self.code_vectors()
+                kl, ce = dictionary_reference(z1.float(), z2.float(), W, self.temperature, prior)
         if self.prior == "none":
             return {"cross_entropy": self.beta * ce}, {"prior": kl}
         return {"prior": kl, "cross_entropy": self.beta * ce}, {}
 
 
-def entropy(p):
-    """-sum p log p in nats; p >= 0 sums to 1."""
-    return -torch.special.xlogy(p, p).sum().item()
-
-
-@torch.no_grad()
-def collapse_meters(model, images, mixtures=(10,), samples=2000):
-    """What tells the four collapses apart, on features h [N, f] of images, -> {name: number}.
-
-    representation: std over images, mean over features; mean cosine of pairs (1: one point)
-    dimensional: exp entropy of the eigenvalues of M = h^T h / N, uncentred (f: all dimensions alike); rms of
-    M's off-diagonal over the mean of its diagonal
-    cluster: codes that are some image's most likely one; entropy of the mean assignment (log c: uniform)
-    intracluster: entropy of a mixture of K diagonal Gaussians fitted to h, over f (low: points, not clouds)
-    """
-    h, = encode(lambda x: model.projector(model.encoder(x)), images)                     # [N, f]
-    n, W, unit = len(h), model.dictionary().cpu(), F.normalize(h)
-    code, p = assign(h, W, model.temperature)
-    M = h.double().T @ h.double() / n
-    spectrum = torch.linalg.eigvalsh(M).clamp(min=0)
-    diagonal = M.diagonal()
-    off = (M - diagonal.diag()).square().sum() / (len(M) * (len(M) - 1))
-    meters = {"std": h.std(0).mean().item(),
-              "cosine": ((unit.sum(0).square().sum() - n) / (n * (n - 1))).item(),
-              "dimensions": math.exp(entropy(spectrum / spectrum.sum())),
-              "off_diagonal": (off.sqrt() / diagonal.mean()).item(),
-              "codes": len(code.unique()), "assignment_entropy": entropy(p)}
-    for k in (k for k in mixtures if k <= n):
-        mixture = GaussianMixture(k, covariance_type="diag", init_params="random_from_data", random_state=0)
-        drawn = mixture.fit(h.numpy()).sample(samples)[0]
-        meters[f"mixture_entropy_{k}"] = -float(mixture.score_samples(drawn).mean()) / h.shape[1]
-    return meters
-
-
-def assign(h, W, temperature):
-    """Most likely code [N] and mean assignment [c] of h [N, f] to W [c, f]."""
-    code, total = [], 0
-    for rows in h.split(64):
-        s = rows @ W.T                                               # [64, c]
-        code.append(s.argmax(1))
-        total = total + (s / temperature).softmax(1).sum(0)
-    return torch.cat(code), total / len(h)
-
-
 def loss_values(n, codes, used, beta=1., eps=1e-8, prior="reverse"):
-    """{what the features do: the least loss then}, derived for the reverse prior; of others the optimum."""
-    rest, most, used = eps * (codes - 1), min(1, beta), min(used, n)                 # a batch uses at most n
+    """{what the embeddings do: the least loss then}, derived for the reverse prior; of others the optimum."""
+    used = min(used, n)                                              # a batch uses at most n codes
+    most = min(1, beta)
+    rest = eps * (codes - 1)
     optimum = -beta * ((1 - rest) * math.log1p(-rest) + rest * math.log(eps))
     if prior == "forward":
         return {"optimum": optimum + math.log(codes)}
     if prior == "none":
         return {"optimum, one code for all": optimum}
     times = "" if beta >= 1 else f"{beta:g} "
-    return {f"representation collapse, {times}log c": most * math.log(codes),
-            f"cluster collapse to {used} codes, {times}log(c / {used})": most * math.log(codes / used),
+    one_point = f"representation collapse, {times}log c"
+    few_codes = f"cluster collapse to {used} codes, {times}log(c / {used})"
+    return {one_point: most * math.log(codes),
+            few_codes: most * math.log(codes / used),
             "optimum": max(optimum, most * math.log(codes / n))}
 
 
 # ==== The same in every script ==============================================================================
+# What train() and report() need of a model, and of nothing else:
+#     model.encoder       any nn.Module: images [N, C, *S] -> features h [N, E]
+#     model.projector     nn.Module: h [N, E] -> embeddings z [N, D]
+#     model(view1, view2, index) -> terms, notes      views [B, C, *S] of the training images index [B];
+#                         dicts of scalars: the sum of the terms is minimised, notes are only logged
 # ---- Encoder -----------------------------------------------------------------------------------------------
-def conv_norm(conv, width_in, width, kernel=3, stride=1):
+def conv_norm(conv, width_in, width, kernel, stride=1):
     """Convolution and GroupNorm, which looks at one sample at a time."""
-    return nn.Sequential(conv(width_in, width, kernel, stride, kernel // 2, bias=False),
-                         nn.GroupNorm(math.gcd(8, width), width))
+    return nn.Sequential(
+        conv(width_in, width, kernel, stride, kernel // 2, bias=False),
+        nn.GroupNorm(math.gcd(8, width), width))
 
 
 class Block(nn.Module):
-    """Basic residual block; a stride halves the canvas and the skip follows by a 1x1 convolution."""
+    """Basic residual block; a stride halves the canvas, and the skip follows by a 1x1 convolution."""
 
     def __init__(self, conv, width_in, width, stride):
         super().__init__()
-        self.body = nn.Sequential(conv_norm(conv, width_in, width, 3, stride), nn.ReLU(),
-                                  conv_norm(conv, width, width))
-        self.skip = nn.Identity() if width_in == width else conv_norm(conv, width_in, width, 1, stride)
+        self.body = nn.Sequential(
+            conv_norm(conv, width_in, width, 3, stride),
+            nn.ReLU(),
+            conv_norm(conv, width, width, 3))
+        self.skip = conv_norm(conv, width_in, width, 1, stride) if stride > 1 else nn.Identity()
 
     def forward(self, x):
         return F.relu(self.skip(x) + self.body(x))
 
 
 class Encoder(nn.Module):
-    """Compact ResNet, 3x3 stem, no max-pool: [B, C, H, W] or [B, C, D, H, W] -> h [B, 8 width]."""
+    """Compact ResNet, 3x3 stem, no max-pool: [N, C, H, W] or [N, C, D, H, W] -> h [N, 8 width]."""
 
     def __init__(self, channels, axes, width=16, depth=1):
         super().__init__()
-        self.config, self.features = dict(channels=channels, axes=axes, width=width, depth=depth), 8 * width
+        self.config = dict(channels=channels, axes=axes, width=width, depth=depth)
+        self.features = 8 * width
         conv = nn.Conv2d if axes == 2 else nn.Conv3d
-        widths = [width] + [width * 2 ** stage for stage in (1, 2, 3) for _ in range(depth)]
-        self.stem = nn.Sequential(conv_norm(conv, channels, width), nn.ReLU())
-        self.stages = nn.Sequential(*(Block(conv, a, b, 1 + (a < b)) for a, b in zip(widths, widths[1:])))
+        self.stem = nn.Sequential(conv_norm(conv, channels, width, 3), nn.ReLU())
+        self.stages = nn.Sequential()
+        for _ in range(3):
+            for stride in [2] + [1] * (depth - 1):                   # 2 halves the canvas, doubles the width
+                self.stages.append(Block(conv, width, stride * width, stride))
+                width = stride * width
         self.to(memory_format=torch.channels_last if axes == 2 else torch.channels_last_3d)
 
     def forward(self, x):
-        return self.stages(self.stem(x)).flatten(2).mean(2)          # [B, 8 width, *S/8] -> [B, 8 width]
+        x = self.stages(self.stem(x))                                # [N, 8 width, *S/8]
+        return x.flatten(2).mean(2)
 
 
 # ---- Data and augmentation ---------------------------------------------------------------------------------
 Data = namedtuple("Data", "images labels test_images test_labels")   # [N, C, *S] float32; [N] int64 or None
 
 
-def draw(x, generator, low, high, *shape):
-    """Uniform numbers for each sample of x: [N, *shape]."""
-    return torch.empty(len(x), *shape, device=x.device).uniform_(low, high, generator=generator)
+def die(message):
+    """How a user's mistake ends: one line, whatever the message quotes, and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
-def warp(x, angles, scale, shift, size):
+def uniform(x, generator, low, high, size=1):
+    """Random numbers for each sample of x [N, C, *S], which broadcast over it: [N, size, 1, ...]."""
+    shape = len(x), size, *[1] * (x.ndim - 2)
+    return torch.empty(shape, device=x.device).uniform_(low, high, generator=generator)
+
+
+def warp(x, angles, scale, shift, sides):
     """Rotate, scale about the centre, then shift each of x [N, C, *S], images or volumes; one resampling.
 
-    angles [N, 1], in 3-D rotation vectors [N, 3], radians; scale [N]; shift [N, axes], half canvases
-    -> [N, C, *size], 0 outside.
+    angles [N, 1], in 3-D rotation vectors [N, 3], radians; scale [N]; shift [N, axes], half canvases; all may
+    have more axes of length 1 -> [N, C, *sides], 0 outside.
     """
     axes = x.ndim - 2
     i, j = torch.triu_indices(axes, axes, 1, device=x.device)        # the planes of rotation
     skew = x.new_zeros(len(x), axes, axes)
-    skew[:, i, j], skew[:, j, i] = angles, -angles
-    aspect = x.new_tensor(size[::-1])                                # grids count in half canvases, x first
-    inverse = torch.linalg.matrix_exp(skew) / scale[:, None, None] * aspect / aspect[:, None]
-    theta = torch.cat([inverse, -inverse @ shift[:, :, None]], 2)    # [N, axes, axes + 1]
-    grid = F.affine_grid(theta, [len(x), x.shape[1], *size], align_corners=False)
+    skew[:, i, j] = angles.flatten(1)
+    inverse = torch.linalg.matrix_exp(skew - skew.mT) / scale.view(-1, 1, 1)
+    length = x.new_tensor(sides[::-1])                               # grids count in half canvases, x first
+    inverse = inverse * length / length[:, None]
+    offset = -inverse @ shift.view(-1, axes, 1)
+    theta = torch.cat([inverse, offset], 2)                          # [N, axes, axes + 1]
+    grid = F.affine_grid(theta, [len(x), x.shape[1], *sides], align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
 
 
 def random_view(x, generator):
-    """A random pose, contrast, brightness, noise for each of x [N, C, *S]; if C = 3 colour and flip too."""
-    u, axes, one = partial(draw, x, generator), x.ndim - 2, [1] * (x.ndim - 1)
-    x = warp(x, u(-.45, .45, axes * (axes - 1) // 2), u(-.4, .4).exp(), u(-.25, .25, axes), x.shape[2:])
+    """One random view of each of x [N, C, *S], of the same shape. THIS IS THE FUNCTION TO REPLACE for images
+    that want other views: all randomness comes from the generator, so that a run can be repeated."""
+    draw = partial(uniform, x, generator)
+    axes = x.ndim - 2
+    angles = draw(-0.45, 0.45, axes * (axes - 1) // 2)               # 26 degrees either way
+    scale = draw(-0.4, 0.4).exp()                                    # 0.67 to 1.49
+    shift = draw(-0.25, 0.25, axes)
+    x = warp(x, angles, scale, shift, x.shape[2:])
+
     if x.shape[1] == 3:
-        x = x * u(.7, 1.3, 3, *one[1:])                              # colour cast
-        gray = x.mean(1, keepdim=True).expand_as(x)
-        x = torch.where(u(0, 1, *one) < .2, gray, torch.lerp(gray, x, u(.6, 1.4, *one)))      # saturation
-        x = torch.where(u(0, 1, *one) < .5, x.flip(-1), x)
-    x = x * u(.6, 1.4, *one) + u(-.2, .2, *one)
-    return x + u(0, .1, *one) * torch.empty_like(x).normal_(generator=generator)
+        x = x * draw(0.7, 1.3, 3)                                    # colour cast
+        gray = x.mean(1, keepdim=True)
+        keep_colour = draw(0, 1) >= 0.2
+        x = torch.lerp(gray, x, keep_colour * draw(0.6, 1.4))        # saturation
+        x = torch.where(draw(0, 1) < 0.5, x.flip(-1), x)
+
+    contrast = draw(0.6, 1.4)
+    brightness = draw(-0.2, 0.2)
+    noise_level = draw(0, 0.1)
+    noise = torch.empty_like(x).normal_(generator=generator)
+    return contrast * x + brightness + noise_level * noise
 
 
 def two_views(x, generator):
@@ -277,158 +294,109 @@ def posed_digits(axes):
 
     2-D: on a 20 x 20 canvas. 3-D: slabs two voxels thick in 16^3. 1,437 train; 360 test, in four poses each.
     """
-    digits, generator = datasets.load_digits(), torch.Generator().manual_seed(0)
+    digits = load_digits()
     train, test = train_test_split(range(1797), test_size=360, stratify=digits.target, random_state=0)
-    rows, n = train + 4 * test, len(train)
+    rows = train + 4 * test
     x = torch.tensor(digits.images[rows, None] / 16, dtype=torch.float32)                # [N, 1, 8, 8]
-    if axes == 3:
-        x = F.pad(repeat(x, "n c h w -> n c 2 h w"), (0, 0, 0, 0, 3, 3))                 # [N, 1, 8, 8, 8]
-    angle, low, high, shift, size = (30, .45, .75, .3, 20) if axes == 2 else (25, .55, .85, .2, 16)
-    u = partial(draw, x, generator)
-    angles = u(-angle, angle, axes * (axes - 1) // 2).deg2rad()
-    x = warp(x, angles, u(low, high), u(-shift, shift, axes), [size] * axes)
-    x = x + .1 * torch.randn(x.shape, generator=generator)
     y = torch.tensor(digits.target[rows])
-    return Data(x[:n], y[:n], x[n:], y[n:])
+    turn, small, large, move, side = (30, 0.45, 0.75, 0.3, 20) if axes == 2 else (25, 0.55, 0.85, 0.2, 16)
+    if axes == 3:
+        x = F.pad(torch.stack([x, x], 2), (0, 0, 0, 0, 3, 3))        # [N, 1, 8, 8, 8]
+
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(uniform, x, generator)
+    angles = draw(-turn, turn, axes * (axes - 1) // 2).deg2rad()
+    scale = draw(small, large)
+    shift = draw(-move, move, axes)
+    x = warp(x, angles, scale, shift, [side] * axes)
+    x = x + 0.1 * torch.randn(x.shape, generator=generator)
+    return Data(x[:1437], y[:1437], x[1437:], y[1437:])
+
+
+def read_split(path, arrays, split):
+    """Images [N, C, *S] float32 in [0, 1] and labels [N] of one split of an archive's arrays."""
+    x, y = arrays[f"{split}_images"], arrays.get(f"{split}_labels")
+    colour = x.ndim in (4, 5) and x.shape[-1] in (1, 3)              # channels stand last in this layout
+    if x.ndim - colour not in (3, 4) or min(x.shape[:-1]) < 4 or x.dtype.kind not in "uif":
+        die(f"{path}: {split}_images is {x.dtype} {[*x.shape]}, not [N, H, W(, 3)] or [N, D, H, W(, 3)]")
+    x = torch.from_numpy(x.astype(np.float32) / (255 if x.dtype == np.uint8 else 1))
+    x = x.movedim(-1, 1) if colour else x[:, None]                   # [N, C, *S]
+    if not (x.min() >= 0 and x.max() <= 1):                          # NaN fails both
+        die(f"{path}: {split}_images holds NaN or values outside [0, 1] (uint8: 0 to 255): clean it first")
+
+    if y is None or y.size != len(x) or y.dtype.kind not in "ui" or y.min() < 0:
+        y = np.zeros(len(x))                                         # one class tells nothing: see load_data
+    return x, torch.from_numpy(y.reshape(-1).astype(np.int64))
 
 
 def read_npz(path):
-    """MedMNIST's layout: train_images [N, *S] or [N, *S, 3], uint8 or in [0, 1]; other keys are optional."""
-    keys = [f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("images", "labels")]
+    """MedMNIST's layout: train_images [N, *S] or [N, *S, 3], uint8 or in [0, 1]; without test_images
+    a fifth is held out."""
+    keys = ["train_images", "train_labels", "test_images", "test_labels"]
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in keys if key in archive}
     except Exception as error:                                       # a bad archive raises any of seven kinds
         die(f"{path} cannot be read as .npz ({error}): check the path, or fetch the file again")
+    if "train_images" not in arrays:
+        die(f"{path} has no train_images: the keys are {', '.join(keys)}, all but the first optional")
 
-    def split(name):
-        x, y = arrays.get(f"{name}_images"), arrays.get(f"{name}_labels")
-        if x is None:
-            die(f"{path} has no {name}_images: the keys are {', '.join(keys)}, all but train_images optional")
-        colour = x.ndim in (4, 5) and x.shape[-1] in (1, 3)          # channels stand last in this layout
-        if x.ndim - colour not in (3, 4) or min(x.shape[:-1]) < 4 or x.dtype.kind not in "uif":
-            die(f"{path}: {name}_images is {x.dtype} {list(x.shape)}, not [N, H, W(, 3)], [N, D, H, W(, 3)]")
-        x = torch.from_numpy(x.astype(np.float32) / (255 if x.dtype == np.uint8 else 1))
-        x = rearrange(x, "n ... c -> n c ..." if colour else "n ... -> n 1 ...").contiguous()
-        if not (x.min() >= 0 and x.max() <= 1):                      # NaN fails both
-            die(f"{path}: {name}_images holds NaN or values outside [0, 1] (uint8: 0 to 255): clean it first")
-        if y is None or y.size != len(x) or y.dtype.kind not in "ui" or y.min() < 0:
-            return x, None
-        return x, torch.from_numpy(y.reshape(-1).astype(np.int64))
-
-    x, y = split("train")
-    if "test_images" in arrays or "val_images" in arrays:
-        test = split("test" if "test_images" in arrays else "val")
-        if test[0].shape[1:] != x.shape[1:]:
-            die(f"{path}: images of {list(x.shape[1:])} for training, {list(test[0].shape[1:])} for testing")
-        return Data(x, y, *test)
-    held = torch.isin(torch.arange(len(x)), subset(len(x), len(x) // 5))     # a fifth is held out
-    return Data(x[~held], None if y is None else y[~held], x[held], None if y is None else y[held])
+    x, y = read_split(path, arrays, "train")
+    if "test_images" not in arrays:
+        train, test = train_test_split(range(len(x)), test_size=0.2, random_state=0)
+        return Data(x[train], y[train], x[test], y[test])
+    x_test, y_test = read_split(path, arrays, "test")
+    if x_test.shape[1:] != x.shape[1:]:
+        die(f"{path}: images of {[*x.shape[1:]]} for training, {[*x_test.shape[1:]]} for testing")
+    return Data(x, y, x_test, y_test)
 
 
-def load_data(name, imbalance=1.):
-    """digits, digits3d or a .npz file; imbalance R thins training class k of K by R^(-k/(K-1))."""
-    data = posed_digits(2 if name == "digits" else 3) if name in ("digits", "digits3d") else read_npz(name)
-    if data.labels is None or data.test_labels is None or len(data.labels.unique()) < 2:
-        print("no class labels, one an image, for both training and test: the probes are left out")
+def load_data(name):
+    """digits, digits3d or a .npz file; where there are no two classes, labels become None."""
+    if name in ("digits", "digits3d"):
+        data = posed_digits(3 if name == "digits3d" else 2)
+    else:
+        data = read_npz(name)
+    if len(data.labels.unique()) < 2 or len(data.test_labels.unique()) < 2:
+        print(f"{name} has no class labels for both training and test: the probes are left out")
         data = data._replace(labels=None, test_labels=None)
-    if imbalance > 1:
-        if data.labels is None:
-            die(f"--imbalance needs class labels for training and test, and {name} lacks some")
-        classes, counts = data.labels.unique(return_counts=True)
-        shares = imbalance ** -torch.linspace(0, 1, len(classes))
-        rows = torch.cat([(data.labels == c).nonzero()[:n, 0]
-                          for c, n in zip(classes, (counts.max() * shares).round().clamp(min=1).long())])
-        data = data._replace(images=data.images[rows], labels=data.labels[rows])
     return data
 
 
-# ---- Probes and collapse panel -----------------------------------------------------------------------------
-def subset(n, most=2000):
-    """Up to `most` of n row numbers, always the same ones, in random order."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
-
-
-@torch.no_grad()
-def encode(function, *stacks):
-    """function(images), in batches of 256, for each stack of images: fp32, on the CPU."""
-    return [torch.cat([function(batch).float().cpu() for batch in images.split(256)]) for images in stacks]
-
-
-def knn_accuracy(h, y, h_test, y_test, k=5, temperature=.07):
-    """The k nearest of h [N, E] by cosine vote exp(cosine / temperature) for their class. Exact."""
-    similarity, row = bank_topk(F.normalize(h_test), F.normalize(h), min(k, len(h)))     # [n, k] each
-    votes = torch.zeros(len(h_test), int(y.max()) + 1)
-    votes.scatter_add_(1, y[row], (similarity / temperature).exp())
-    return (votes.argmax(1) == y_test).double().mean().item()
-
-
-def probe(data, h, h_test):
-    """k-NN and linear accuracy; linear: logistic regression on up to 10,000 standardised features."""
-    if data.labels is None:
-        return math.nan, math.nan
-    scaler, rows = preprocessing.StandardScaler().fit(h), subset(len(h), 10_000)
-    linear = linear_model.LogisticRegression(max_iter=2000).fit(scaler.transform(h[rows]), data.labels[rows])
-    return (knn_accuracy(h, data.labels, h_test, data.test_labels),
-            linear.score(scaler.transform(h_test), data.test_labels))
-
-
-def collapse_panel(z, z1, z2):
-    """z [N, D] of images, z1, z2 of two views of each, N >= 4 -> eight numbers; README says how to read them.
-
-    Std per dimension of z; of z/|z|, x sqrt(D); mean cosine of pairs; RankMe, uncentred (arXiv 2210.02885);
-    participation ratio of the covariance; alignment, uniformity (arXiv 2005.10242); TwoNN (Facco 2017).
-    """
-    z, z1, z2 = z.double(), z1.double(), z2.double()
-    n, unit = len(z), F.normalize(z)
-    p = torch.linalg.svdvals(z)
-    p = p / p.sum() + 1e-7
-    spectrum = torch.linalg.svdvals(z - z.mean(0)).square()
-    near = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").topk(3, largest=False).values[:, 1:]
-    near = near[near[:, 0] > 0]                                      # a duplicate has no ratio of distances
-    return {"raw std": z.std(0).mean().item(),
-            "std": (unit.std(0).mean() * z.shape[1] ** .5).item(),
-            "cosine": ((unit.sum(0).square().sum() - n) / (n * (n - 1))).item(),
-            "RankMe": torch.exp(-(p * p.log()).sum()).item(),
-            "participation": (spectrum.sum() ** 2 / spectrum.square().sum()).item(),
-            "alignment": (F.normalize(z1) - F.normalize(z2)).square().sum(1).mean().item(),
-            "uniformity": torch.pdist(unit).square().mul(-2).exp().mean().log().item(),
-            "TwoNN": (max(0, len(near) - 1) / (near[:, 1] / near[:, 0]).log().sum()).item()}
-
-
-def verdict(panel, most):
-    """One sentence from the panel of the projector's output, where the loss acts; `most` is its full rank."""
-    apart = panel["alignment"] / max(2 - 2 * panel["cosine"], 1e-12)     # squared distances: views / images
-    seen = (f"raw std {panel['raw std']:.2g} (not near 0), std {panel['std']:.2f} (near 1), distance of "
-            f"views / of images {apart:.2f} (near 0), RankMe {panel['RankMe']:.0f} of {most}")
-    if not (panel["raw std"] > .02 and panel["std"] > .3 and apart < .8):        # NaN counts as collapsed
-        return f"COLLAPSED, embeddings say next to nothing of the image: {seen}."
-    if panel["RankMe"] < .03 * most:
-        return f"DIMENSIONAL COLLAPSE, embeddings fill few of their dimensions: {seen}."
-    return f"No collapse, different images keep different embeddings: {seen}."
-
-
 # ---- Training ----------------------------------------------------------------------------------------------
-def die(message):
-    """One line, whatever the message quotes, and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+@torch.no_grad()
+def encode(function, images):
+    """function(images), in batches of 256, in fp32."""
+    batches = images.split(256)
+    return torch.cat([function(batch).float() for batch in batches])
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up to the peak over the first tenth of the steps, then half a cosine down to 0."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
 def train(model, optimizer, data, args, folder, state, meters=None):
-    """Minimise the sum of model(view1, view2, index)'s terms; a checkpoint and a line of metrics an epoch.
+    """Minimise the sum of the model's terms; a checkpoint and a line of metrics an epoch.
 
-    meters(model in eval mode) -> {name: number}, put into that line as "meters" if given.
+    state: the checkpoint to go on from, or None. meters(model in eval mode) -> {name: number}, put into that
+    line as "meters" if given.
     """
-    device, history, samples = data.images.device, [], args.batch * args.accumulate
-    steps = len(data.images) // samples
+    images = data.images
+    device = images.device
+    step_size = args.batch * args.accumulate
+    steps = len(images) // step_size                                 # an epoch; what is left over is dropped
+    total = args.epochs * steps
+    peak = math.sqrt(step_size / 128)                                # Adam's noise scale: arXiv 2205.10287
+    factor = partial(learning_rate, steps=total, peak=peak)          # of the optimizer's own learning rates
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator(device).manual_seed(args.seed)       # order, poses, light and noise
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    total, warmup = args.epochs * steps, max(1, args.epochs * steps // 10)
-    peak = (samples / 128) ** .5                                     # Adam's noise scale: arXiv 2205.10287
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: peak * min( # linear up, cosine down
-        (step + 1) / warmup, .5 + .5 * math.cos(math.pi * max(0, step - warmup) / max(1, total - warmup))))
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    history = []
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -438,116 +406,158 @@ def train(model, optimizer, data, args, folder, state, meters=None):
 
     def checkpoint():
         whole = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**whole, "config": vars(args), "history": history, "generator": generator.get_state(),
-                    "torch_rng": torch.get_rng_state()}, folder / "last.tmp")
+        whole.update(config=vars(args), history=history, generator=generator.get_state(),
+                     torch_rng=torch.get_rng_state())
+        torch.save(whole, folder / "last.tmp")
         (folder / "last.tmp").replace(folder / "last.pt")            # a kill leaves the old one or the new
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+        lines = [*map(json.dumps, history), ""]
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
 
     checkpoint()
-    forward = torch.compile(model) if args.compile else model
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-    with tqdm(total=total, initial=len(history) * steps, unit="step", mininterval=.5) as bar:
+    if args.compile:
+        model.compile()
+    with tqdm(total=total, initial=len(history) * steps, unit="step") as bar:
         for epoch in range(len(history) + 1, args.epochs + 1):
             model.train()
             sums = defaultdict(float)
-            order = torch.randperm(len(data.images), generator=generator, device=device)[:steps * samples]
-            for step, indices in enumerate(order.view(steps, args.accumulate, args.batch)):
+            order = torch.randperm(len(images), generator=generator, device=device)[:steps * step_size]
+            for batches in order.view(steps, args.accumulate, args.batch):
                 optimizer.zero_grad()
-                for index in indices:
-                    views = two_views(data.images[index], generator)
-                    with torch.autocast(device.type, precision, enabled=precision is not None):
-                        terms, notes = forward(*views, index)
+                for index in batches:
+                    views = two_views(images[index], generator)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+                        terms, notes = model(*views, index)
                     loss = sum(terms.values())
-                    scaler.scale(loss / args.accumulate).backward()
+                    (loss / args.accumulate).backward()
                     for name, value in {"loss": loss, **terms, **notes}.items():
-                        sums[name] += value.detach() if torch.is_tensor(value) else value
-                scaler.step(optimizer)
-                scaler.update()
+                        sums[name] += torch.as_tensor(value).detach()
+                optimizer.step()
                 schedule.step()
                 bar.update()
-                if step % 10 == 0:
-                    bar.set_postfix({name: f"{term.item():.3g}" for name, term in terms.items()}, False)
-            batches = steps * args.accumulate
-            line = {"epoch": epoch, **{name: float(value) / batches for name, value in sums.items()}}
+                if bar.n % 10 == 0:
+                    bar.set_postfix(loss=loss.item())
+
+            line = {name: value.item() / (steps * args.accumulate) for name, value in sums.items()}
             if not math.isfinite(line["loss"]):
-                bar.close()
                 die(f"the loss is {line['loss']} in epoch {epoch}: start anew, lower --lr, another --out")
             model.eval()
             if meters:
                 line["meters"] = meters(model)
             if data.labels is not None and epoch % max(1, args.epochs // 8) == 0:
-                h, h_test = encode(model.encoder, data.images, data.test_images)
+                h = encode(model.encoder, images)
+                h_test = encode(model.encoder, data.test_images)
                 line["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
-            history.append(line)
+            history.append({"epoch": epoch, **line})
             checkpoint()
     return history
 
 
-def draw_pictures(history, h_test, labels, baselines, folder):
-    """curves.png: the loss terms and the probe over epochs. embedding.png: test features in 2-D, by class."""
-    figure, epochs = Figure(figsize=(11, 3.8), layout="constrained"), range(1, len(history) + 1)
+# ---- Report ------------------------------------------------------------------------------------------------
+Findings = namedtuple("Findings", "h h_test probe panels")           # features [N, E]; what probe() gives
+
+
+def fixed_order(n):
+    """Row numbers 0 to n - 1 in random order, the same one in every run."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
+def probe(data, h, h_test):
+    """k-NN and linear accuracy; linear: logistic regression on up to 10,000 standardised features."""
+    if data.labels is None:
+        return {}
+    rows = fixed_order(len(h))[:10_000]
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    linear.fit(h[rows], data.labels[rows])
+    return {"k-NN": knn_accuracy(h, data.labels, h_test, data.test_labels),
+            "linear": linear.score(h_test, data.test_labels)}
+
+
+@torch.no_grad()
+def examine(model, data):
+    """Features of all images, their probe, and the collapse panels of h and z on up to 2,000 test images."""
+    model.eval()
+    h = encode(model.encoder, data.images).cpu()
+    h_test = encode(model.encoder, data.test_images)
+    rows = fixed_order(len(h_test))[:2000]
+    views = two_views(data.test_images[rows], torch.Generator(h_test.device).manual_seed(0))
+    three_h = [h_test[rows]] + [encode(model.encoder, view) for view in views]
+    three_z = [encode(model.projector, features) for features in three_h]
+    panels = {"encoder h": collapse_panel(*three_h), "projector z": collapse_panel(*three_z)}
+    h_test = h_test.cpu()
+    return Findings(h, h_test, probe(data, h, h_test), panels)
+
+
+def plot_curves(history, probes, folder):
+    """curves.png: the loss terms and the probe over epochs."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in [name for name in history[0] if name not in ("epoch", "knn", "meters")]:
-        left.plot(epochs, [line[name] for line in history], ":" if "floor" in name else "-", label=name)
-    right.plot(epochs, [line.get("knn", math.nan) for line in history], "o", label="trained encoder")
-    for (name, (knn, _)), style in zip(baselines.items(), ("--", ":")):
-        right.axhline(knn, color="gray", ls=style, label=name)
-    left.set_yscale("symlog", linthresh=.01, subs=[2, 3, 5])         # logarithmic, but for terms that cross 0
-    left.yaxis.set_minor_formatter("{x:g}")                          # a term may stay within a decade
+    epochs = [line["epoch"] for line in history]
+    names = [name for name in history[0] if name not in ("epoch", "loss", "knn", "meters")]
+    left.plot(epochs, [[line[name] for name in names] for line in history], label=names)
+    left.set_yscale("asinh", linear_width=0.01)                      # logarithmic, but for terms that cross 0
     left.set(xlabel="epoch", ylabel="mean over the epoch")
-    right.set(xlabel="epoch", ylabel="k-NN accuracy on test features", xlim=(0, None), ylim=(0, 1))
-    for axis in (left, right):
-        axis.legend(fontsize=8)
-    figure.savefig(folder / "curves.png", dpi=110)
-    tsne = manifold.TSNE(perplexity=min(30, len(h_test) / 4), init="pca", random_state=0)
-    xy = tsne.fit_transform(preprocessing.StandardScaler().fit_transform(h_test))
-    figure = Figure(figsize=(6, 5.2), layout="constrained")
+
+    knn = [line.get("knn", math.nan) for line in history]
+    right.plot(epochs, knn, "o", label="trained encoder")
+    for name, colour in ("raw pixels", "C1"), ("random encoder", "C2"):
+        right.axhline(probes[name].get("k-NN", math.nan), color=colour, label=name)
+    right.set(xlabel="epoch", ylabel="k-NN accuracy on test features", ylim=(0, 1))
+    left.legend()
+    right.legend()
+    figure.savefig(folder / "curves.png")
+
+
+def plot_embedding(h_test, labels, folder):
+    """embedding.png: up to 2,000 test features in 2-D, by class."""
+    rows = fixed_order(len(h_test))[:2000]
+    tsne = TSNE(perplexity=min(30, len(rows) / 4), random_state=0)
+    x, y = tsne.fit_transform(h_test[rows]).T
+    figure = Figure(figsize=(6, 5.2))
     axis = figure.subplots()
-    if labels is None:
-        axis.scatter(*xy.T, s=6, c="gray")
-    else:
-        figure.colorbar(axis.scatter(*xy.T, s=6, c=labels, cmap="tab10"), label="class")
+    points = axis.scatter(x, y, s=6, c=None if labels is None else labels[rows])
+    if labels is not None:
+        points.set_cmap("tab10")
+        figure.colorbar(points, label="class")
     axis.set(xticks=[], yticks=[], title="t-SNE of the encoder's test features")
-    figure.savefig(folder / "embedding.png", dpi=110)
+    figure.savefig(folder / "embedding.png")
 
 
-def report(model, data, baselines, history, folder):
-    """Probe, panel, pictures, encoder.pt, features.npz, report.json; prints how every run ends."""
-    encoder = model.eval().encoder
-    h, h_test = encode(encoder, data.images, data.test_images)
-    rows = subset(len(h_test))
-    shown = data.test_images[rows.to(data.images.device)]
-    three = shown, *two_views(shown, torch.Generator(data.images.device).manual_seed(0))
-    z = encode(lambda x: model.projector(encoder(x)), *three)
-    panels = {"encoder h": collapse_panel(*encode(encoder, *three)), "projector z": collapse_panel(*z)}
-    torch.save({"config": encoder.config, "state_dict": encoder.state_dict()}, folder / "encoder.pt")
-    labels = {} if data.labels is None else {"train_labels": data.labels, "test_labels": data.test_labels}
-    np.savez(folder / "features.npz", train_features=h, test_features=h_test, **labels)
-    draw_pictures(history, h_test[rows], None if not labels else data.test_labels[rows], baselines, folder)
-    probes = {**baselines, "trained encoder": probe(data, h, h_test)}
-    whole = {"k-NN, linear": probes, "panel": panels}
-    (folder / "report.json").write_text(json.dumps(whole, indent=1) + "\n")
+def print_table(rows):
+    """{row: {column: number}}, a column as wide as its name."""
+    columns, *_ = rows.values()
+    print(f"\n{'':18}", *(f"{name:>8}" for name in columns))
+    for name, row in rows.items():
+        print(f"{name:18}", *(f"{row[column]:{max(8, len(column))}.4g}" for column in columns))
+
+
+def report(model, data, untrained, history, folder, **more_probes):
+    """How every run ends: probes, panels, a verdict; report.json, encoder.pt, features.npz and pictures."""
+    trained = examine(model, data)
+    pixels = probe(data, data.images.flatten(1).cpu(), data.test_images.flatten(1).cpu())
+    probes = {"raw pixels": pixels, "random encoder": untrained.probe, "trained encoder": trained.probe}
+    probes.update(more_probes)
+    panels = {"untrained z": untrained.panels["projector z"], **trained.panels}
+    sentence = verdict(panels["projector z"], panels["untrained z"])
+    text = json.dumps({"probes": probes, "panels": panels, "verdict": sentence}, indent=1)
+    (folder / "report.json").write_text(text)
+
+    encoder = {"config": getattr(model.encoder, "config", {}), "state_dict": model.encoder.state_dict()}
+    torch.save(encoder, folder / "encoder.pt")                       # Encoder(**config) makes it anew
+    labels = {}
     if data.labels is not None:
-        print(f"\n{'':16}{'k-NN':>8}{'linear':>8}")
-        for name, (knn, linear) in probes.items():
-            print(f"{name:16}{knn:8.3f}{linear:8.3f}")
-    print(f"\n{'':11}" + "".join(f"{name:>14}" for name in panels["encoder h"]))
-    for name, panel in panels.items():
-        print(f"{name:11}" + "".join(f"{value:14.3g}" for value in panel.values()))
-    print(f"\n{verdict(panels['projector z'], min(z[0].shape))}")
+        labels = {"train_labels": data.labels, "test_labels": data.test_labels}
+        print_table(probes)
+    np.savez(folder / "features.npz", train_features=trained.h, test_features=trained.h_test, **labels)
+    print_table(panels)
+    print(f"\n{sentence}")
+    plot_curves(history, probes, folder)
+    plot_embedding(trained.h_test, data.test_labels, folder)
     print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
-def sizes(text):
-    """An option's type: 512-512 -> [512, 512]."""
-    layers = [int(size) for size in text.split("-")]
-    if min(layers) < 1:
-        raise ValueError
-    return layers
-
-
-def between(low, high=math.inf, kind=float):
-    """An option's type: numbers in [low, high)."""
+# ---- Command line ------------------------------------------------------------------------------------------
+def bounded(kind, low, high=math.inf):
+    """An option's type: numbers of this kind in [low, high)."""
     def number(text):
         if not low <= kind(text) < high:
             raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high})")
@@ -555,160 +565,258 @@ def between(low, high=math.inf, kind=float):
     return number
 
 
-def options(description, **defaults):
-    """The command line that every script has; `defaults` are the script's own."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+def layer_sizes(text):
+    """An option's type: 512-512 -> [512, 512]."""
+    return [bounded(int, 1)(size) for size in text.split("-")]
+
+
+def options(batch, epochs, lr, least_batch=1):
+    """The command line that every script has; the defaults of some options are the script's own."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error, add = die, parser.add_argument
+    parser.error = die
+    add = parser.add_argument
+    count = bounded(int, 1)
     add("--data", default="digits", help="digits, digits3d, or a .npz file in MedMNIST's layout")
-    add("--imbalance", type=float, default=1., help="thin training classes: largest / smallest")
-    add("--batch", type=int, help="images at a time; what is left over after the last step is dropped")
-    add("--epochs", type=int, help="passes over the training images")
-    add("--accumulate", type=int, default=1, help="batches whose gradients are averaged for one step")
-    add("--lr", type=float, help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
-    add("--width", type=int, default=16, help="channels of the encoder's stem; features are 8 x this")
-    add("--depth", type=int, default=1, help="residual blocks in each of three stages")
-    add("--seed", type=int, default=0, help="of weights, order and views; not of the data")
+    add("--batch", type=bounded(int, least_batch), default=batch,
+        help="images at a time; what is left over after the last step is dropped")
+    add("--epochs", type=count, default=epochs, help="passes over the training images")
+    add("--accumulate", type=count, default=1, help="batches whose gradients are averaged for one step")
+    add("--lr", type=bounded(float, 0), default=lr,
+        help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
+    add("--width", type=count, default=16, help="channels of the encoder's stem; features are 8 x this")
+    add("--depth", type=count, default=1, help="residual blocks in each of three stages")
+    add("--seed", type=bounded(int, 0), default=0, help="of weights, order and views; not of the data")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--amp", default="off", choices=["off", "bf16", "fp16"], help="mixed precision; losses stay fp32")
+    add("--amp", default="off", choices=["off", "bf16"], help="mixed precision; losses stay fp32")
     add("--compile", action="store_true", help="torch.compile the model; the first step takes a minute")
     add("--out", help="run folder, new or empty; if not given runs/SCRIPT-1, -2, ...")
-    add("--resume", metavar="FOLDER", help="continue the run in this folder, with its own options")
-    parser.set_defaults(**defaults)
+    add("--resume", help="folder of a run to continue, with its own options")
     return parser
 
 
-def begin(parser, least_batch=1, check=None):
-    """Parse, check, load -> args, data on the device, the run's folder, the state to resume from or None.
+def parse(parser):
+    """The options, and the checkpoint to go on from or None; a resumed run keeps its own options."""
+    args = parser.parse_args()
+    if not args.resume:
+        return args, None
+    if len(sys.argv) > 3:
+        die("--resume takes no other option: the run keeps its own")
+    try:
+        state = torch.load(Path(args.resume, "last.pt"), map_location="cpu", weights_only=True)
+        if state["config"].keys() != vars(args).keys():
+            raise ValueError("it is another script's")
+    except Exception as error:                                       # missing, cut short, not a checkpoint
+        die(f"cannot resume {args.resume}, its last.pt is no whole checkpoint ({error}): start a new run")
+    return argparse.Namespace(**{**state["config"], "out": args.resume}), state
 
-    check(args, data) may die of what the method cannot take; nothing is written before.
-    """
-    args, state = parser.parse_args(), None
-    folder = Path(args.out) if args.out else None
-    if args.resume:
-        if {word.split("=")[0] for word in sys.argv[1:] if word[:2] == "--"} != {"--resume"}:
-            die("--resume takes no other option: the run keeps its own")
-        folder = Path(args.resume)
-        try:
-            state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-            if state["config"].keys() != vars(args).keys():
-                raise ValueError("it is another script's")
-        except Exception as error:                                   # missing, cut short, not a checkpoint
-            die(f"cannot resume {folder}, its last.pt is no whole checkpoint ({error}): start a new run")
-        args = argparse.Namespace(**state["config"])
-    least = dict(batch=least_batch, accumulate=1, epochs=1, lr=0, seed=0, width=1, depth=1, imbalance=1)
-    for name, bound in least.items():
-        if not getattr(args, name) >= bound:
-            die(f"--{name} {getattr(args, name)} is too small: it must be at least {bound} here")
-    data = load_data(args.data, args.imbalance)
-    if max(2, args.batch * args.accumulate) > len(data.images) or len(data.test_images) < 4:
+
+def data_for(args):
+    """The data on the device, if this run can take them."""
+    data = load_data(args.data)
+    if len(data.images) < max(2, args.batch * args.accumulate) or len(data.test_images) < 4:
         die(f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images: --batch "
             f"{args.batch} x {args.accumulate} needs as many of the first, the panel 4 of the second")
     if args.amp != "off" and args.device == "cpu" and data.images.ndim == 5:
         die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
-    if check:
-        check(args, data)
     try:
-        data = data._replace(images=data.images.to(args.device), test_images=data.test_images.to(args.device))
-        numbered = (Path("runs", f"{Path(sys.argv[0]).stem}-{k}") for k in range(1, 10 ** 6))
-        folder = folder or next(path for path in numbered if not path.exists())
-        folder.mkdir(parents=True, exist_ok=bool(args.out or state))
+        return data._replace(images=data.images.to(args.device), test_images=data.test_images.to(args.device))
+    except Exception as error:                                       # no such device, or too small a one
+        die(f"cannot use --device {args.device} ({str(error).splitlines()[0]}): try --device cpu")
+
+
+def open_folder(args, state):
+    """The run's folder, made where there is none, with config.json in it."""
+    number = 1
+    while (free := Path("runs", f"{Path(sys.argv[0]).stem}-{number}")).exists():
+        number += 1
+    folder = Path(args.out or free)
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(args.out))
         if not state and any(folder.iterdir()):
             die(f"{folder} is not empty: choose another --out, or continue with --resume {folder}")
-        (folder / "config.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-    except (RuntimeError, AssertionError) as error:
-        die(f"cannot use --device {args.device} ({str(error).splitlines()[0]}): try --device cpu")
+        (folder / "config.json").write_text(json.dumps(vars(args), indent=1))
     except OSError as error:
         die(f"cannot write into {folder} ({error.strerror}): choose another --out")
-    return args, data, folder, state
+    return folder
 
 
-# ==== Command line ==========================================================================================
-RECIPES = {
-    "default": dict(batch=64, epochs=45, lr=6e-3, weight_decay=.05,
-                    projector=[64], codes=512, norm="l2", beta=.7),
-    "released": dict(batch=64, epochs=1000, lr=2.5e-4 * 2 ** .5, weight_decay=1e-4,
-                     projector=[2048], codes=16384, norm="tanh", beta=1.)}
+# ==== This script ===========================================================================================
+# ---- The meters of four collapses --------------------------------------------------------------------------
+def entropy(p):
+    """-sum p log p in nats; p >= 0 sums to 1."""
+    return -torch.special.xlogy(p, p).sum().item()
 
 
-def draw_meters(history, codes, values, h_test, folder):
+def assign(z, W, temperature):
+    """Most likely code [N] and mean assignment [c] of z [N, f] to W [c, f]."""
+    codes = []
+    total = 0
+    for rows in z.split(64):
+        logits = rows @ W.T                                          # [64, c]
+        codes.append(logits.argmax(1))
+        p = (logits / temperature).softmax(1)
+        total = total + p.sum(0)
+    return torch.cat(codes), total / len(z)
+
+
+def mixture_entropy(z, components, samples):
+    """Entropy, by sampling, of a mixture of diagonal Gaussians fitted to z [N, f], over f; in nats.
+
+    Low where clusters are points, not clouds. The released code (main_collapses.py) rescales embeddings to
+    [0, 1] and pads them with zeros to 2048 dimensions, starts from k-means, takes 10 times 10,000 samples and
+    does not divide by f: its values are others, only their order between runs can be compared.
+    """
+    start = "random_from_data"
+    mixture = GaussianMixture(components, covariance_type="diag", init_params=start, random_state=0)
+    mixture.fit(z.numpy())
+    drawn, _ = mixture.sample(samples)
+    log_density = mixture.score_samples(drawn)
+    return -float(log_density.mean()) / z.shape[1]
+
+
+@torch.no_grad()
+def collapse_meters(z, W, temperature, mixtures=(10,), samples=2000):
+    """What tells the four collapses apart, on embeddings z [N, f] and codes W [c, f] -> {name: number}.
+
+    representation: std over images, mean over dimensions; mean cosine of pairs (1: one point)
+    dimensional: exp entropy of the eigenvalues of M = z^T z / N, uncentred (f: all dimensions alike); rms of
+    M's off-diagonal over the mean of its diagonal
+    cluster: codes that are some image's most likely one; entropy of the mean assignment (log c: uniform)
+    intracluster: mixture_entropy for each number of mixtures up to N
+    """
+    n, f = z.shape
+    unit = F.normalize(z)
+    code, p = assign(z, W, temperature)
+    wide = z.double()
+    M = wide.T @ wide / n
+    spectrum = torch.linalg.eigvalsh(M).clamp(min=0)
+    share = spectrum / spectrum.sum()
+    diagonal = M.diagonal()
+    off = (M - diagonal.diag()).square().sum() / (f * (f - 1))
+    cosines = unit.sum(0).square().sum() - n                         # of all pairs
+    meters = {"std": z.std(0).mean().item(),
+              "cosine": cosines.item() / (n * (n - 1)),
+              "dimensions": math.exp(entropy(share)),
+              "off_diagonal": (off.sqrt() / diagonal.mean()).item(),
+              "codes": len(code.unique()),
+              "assignment_entropy": entropy(p)}
+    for components in mixtures:
+        if components <= n:
+            meters[f"mixture_entropy_{components}"] = mixture_entropy(z, components, samples)
+    return meters
+
+
+def embed(model, images):
+    """z [N, f] on the CPU, of images [N, C, *S]."""
+    return encode(model.projector, encode(model.encoder, images)).cpu()
+
+
+def plot_meters(history, codes, derived, z, folder):
     """meters.png: the loss beside its derived values, and the meters of each collapse."""
-    figure, epochs = Figure(figsize=(11, 6), layout="constrained"), range(1, len(history) + 1)
-    axes, meters = figure.subplots(2, 3).ravel(), [line["meters"] for line in history]
-    axes[0].plot(epochs, [line["loss"] for line in history], label="loss")
-    for (name, value), style in zip(values.items(), ("--", "-.", ":")):
-        axes[0].axhline(value, color="gray", ls=style, label=name)
-    axes[0].set(title="loss", ylim=(0, 1.6 * axes[0].get_ylim()[1]))
-    for axis, title, name, label in [
-            (axes[1], "representation collapse", "std", "std of a feature"),
-            (axes[1], "representation collapse", "cosine", "mean cosine of two images"),
-            (axes[2], "dimensional collapse", "dimensions", f"dimensions in use of {h_test.shape[1]}"),
-            (axes[4], "cluster collapse", "codes", f"codes in use of {codes}"),
-            (axes[4], "cluster collapse", "assignment_entropy",
-             f"entropy of mean p, at most {math.log(codes):.1f}"),
-            (axes[5], "intracluster collapse", "mixture_entropy_10", "entropy of 10 Gaussians / f")]:
-        axis.plot(epochs, [line.get(name, math.nan) for line in meters], label=label)
-        axis.set(title=title, xlabel="epoch")
-    axes[4].set(yscale="log")
-    spectrum = torch.linalg.eigvalsh(h_test.double().T @ h_test.double() / len(h_test)).flip(0)
-    axes[3].semilogy(range(1, len(spectrum) + 1), spectrum.clamp(min=1e-12), label="of h's second moment")
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 3).ravel()
+    epochs = [line["epoch"] for line in history]
+    losses = [line["loss"] for line in history]
+    axes[0].plot(epochs, losses, label="loss")
+    styles = iter(("--", "-.", ":"))
+    for name, value in derived.items():
+        axes[0].axhline(value, color="gray", ls=next(styles), label=name)
+    _, top = axes[0].get_ylim()
+    axes[0].set(title="loss", ylim=(0, 1.6 * top))                   # room for the legend
+
+    lines = {"std": (axes[1], "std of a dimension"),
+             "cosine": (axes[1], "mean cosine of two images"),
+             "dimensions": (axes[2], f"dimensions in use of {z.shape[1]}"),
+             "codes": (axes[4], f"codes in use of {codes}"),
+             "assignment_entropy": (axes[4], f"entropy of mean p, at most {math.log(codes):.1f}"),
+             "mixture_entropy_10": (axes[5], "entropy of 10 Gaussians / f")}
+    for name, (axis, label) in lines.items():
+        values = [line["meters"].get(name, math.nan) for line in history]
+        axis.plot(epochs, values, label=label)
+    axes[1].set_title("representation collapse")
+    axes[2].set_title("dimensional collapse")
+    axes[4].set(title="cluster collapse", yscale="log")
+    axes[5].set_title("intracluster collapse")
+
+    second_moment = z.double().T @ z.double() / len(z)
+    spectrum = torch.linalg.eigvalsh(second_moment).flip(0).clamp(min=1e-12)
+    axes[3].semilogy(range(1, len(spectrum) + 1), spectrum, label="of z's second moment")
     axes[3].set(title="dimensional collapse", xlabel="singular value, by size")
     for axis in axes:
         axis.legend(fontsize=7)
-    figure.savefig(folder / "meters.png", dpi=110)
+    figure.savefig(folder / "meters.png")
 
 
 def report_collapses(model, data, history, args, folder):
     """Loss beside its derived values, meters, clusters against classes; meters.png, meters.json."""
-    h, = encode(lambda x: model.projector(model.encoder(x)), data.test_images)
-    meters = {"loss": history[-1]["loss"],
-              **collapse_meters(model, data.test_images, (10, 20, 50, 100, 200), 10_000)}
+    model.eval()
+    z = embed(model, data.test_images)
+    W = model.code_vectors().cpu()
+    mixtures = 10, 20, 50, 100, 200
+    meters = {"loss": history[-1]["loss"]}
+    meters |= collapse_meters(z, W, model.temperature, mixtures, samples=10_000)
     values = loss_values(args.batch, args.codes, meters["codes"], args.beta, args.eps, args.prior)
     if data.labels is not None:
-        code, _ = assign(h, model.dictionary().cpu(), model.temperature)
-        shuffled = code[subset(len(code), len(code))]                # as many clusters, as large, at random
+        code, _ = assign(z, W, model.temperature)
+        shuffled = code[fixed_order(len(code))]                      # as many clusters, as large, at random
         meters["NMI"] = normalized_mutual_info_score(data.test_labels, code)
         meters["NMI of a random assignment"] = normalized_mutual_info_score(data.test_labels, shuffled)
         meters["AMI"] = adjusted_mutual_info_score(data.test_labels, code)
-    print("\ntest images: " + ", ".join(f"{name} {value:.3g}" for name, value in meters.items()))
-    print("least loss: " + "; ".join(f"{name} {value:.3g}" for name, value in values.items()))
-    draw_meters(history, args.codes, values, h, folder)
-    (folder / "meters.json").write_text(json.dumps({**meters, "least loss": values}, indent=1) + "\n")
+    measured = [f"{name} {value:.3g}" for name, value in meters.items()]
+    derived = [f"{name} {value:.3g}" for name, value in values.items()]
+    print(f"\ntest images: {', '.join(measured)}")
+    print(f"least loss: {'; '.join(derived)}")
+    (folder / "meters.json").write_text(json.dumps({**meters, "least loss": values}, indent=1))
+    plot_meters(history, args.codes, values, z, folder)
 
 
-def check(args, data):
-    if args.eps * (args.codes - 1) >= 1:
-        die(f"--eps {args.eps} must be below 1 / (codes - 1), {1 / (args.codes - 1):.3g}: lower one")
+# ---- Its options -------------------------------------------------------------------------------------------
+RELEASED = dict(epochs=1000, lr=2.5e-4 * 2 ** 0.5, weight_decay=1e-4,
+                projector=[2048], codes=16384, norm="tanh", beta=1.)
 
 
 def main():
-    parser = options(__doc__.split("\n")[0], **RECIPES["default"])
+    parser = options(batch=64, epochs=45, lr=6e-3, least_batch=2)
     add = parser.add_argument
-    add("--recipe", default="default", choices=RECIPES, help="where options that are not given come from")
-    add("--projector", type=sizes, help="sizes of the projector's layers, as 512-64; the last one is f")
-    add("--codes", type=between(2, kind=int), help="c, size of the dictionary")
+    add("--recipe", default="default", choices=["default", "released"],
+        help="released: the authors' settings for options that are not given")
+    add("--projector", type=layer_sizes, default="64", help="sizes of the projector's layers; the last is f")
+    add("--codes", type=bounded(int, 2), default=512, help="c, size of the dictionary")
     add("--dictionary", default="fixed", choices=["fixed", "learned", "alternating", "hybrid"],
         help="what it does during training")
-    add("--norm", choices=["tanh", "l2"], help="of the features: the release's or the preprint's")
+    add("--norm", default="l2", choices=["tanh", "l2"], help="of z: the release's or the preprint's")
     add("--prior", default="reverse", choices=["reverse", "forward", "none"],
         help="the release's form, the preprint's; none shows the collapse")
-    add("--beta", type=between(0), help="weight of the cross-entropy")
-    add("--temperature", type=between(1e-3), default=1., help="over the derived one")
-    add("--eps", type=between(1e-30), default=1e-8, help="below 1 / (codes - 1): sets the temperature")
-    add("--weight-decay", type=between(0), help="of AdamW")
-    parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
-    args, data, folder, state = begin(parser, least_batch=2, check=check)
+    add("--beta", type=bounded(float, 0), default=0.7, help="weight of the cross-entropy")
+    add("--temperature", type=bounded(float, 1e-3), default=1., help="over the derived one")
+    add("--eps", type=bounded(float, 1e-30), default=1e-8, help="below 1 / (codes - 1): sets the temperature")
+    add("--weight-decay", type=bounded(float, 0), default=0.05, help="of AdamW")
+    if parser.parse_known_args()[0].recipe == "released":
+        parser.set_defaults(**RELEASED)
+    args, state = parse(parser)
+    if args.eps * (args.codes - 1) >= 1:
+        die(f"--eps {args.eps} must be below 1 / (codes - 1), {1 / (args.codes - 1):.3g}: lower one")
+    data = data_for(args)
+    folder = open_folder(args, state)
+
     torch.manual_seed(args.seed)
-    encoder = Encoder(data.images.shape[1], data.images.ndim - 2, args.width, args.depth).to(args.device)
-    baselines = {name: probe(data, *encode(function, data.images, data.test_images))
-                 for name, function in (("raw pixels", nn.Flatten()), ("random encoder", encoder))}
-    model = FALCON(encoder, args.batch, args.projector, args.codes, args.norm, args.prior, args.beta,
-                   args.temperature, args.eps, args.dictionary, args.seed).to(args.device)
+    encoder = Encoder(data.images.shape[1], data.images.ndim - 2, args.width, args.depth)
+    model = FALCON(encoder, encoder.features, args.batch, projector=args.projector, codes=args.codes,
+                   norm=args.norm, prior=args.prior, beta=args.beta, temperature=args.temperature,
+                   eps=args.eps, dictionary=args.dictionary, seed=args.seed)
+    model.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
-    few = data.test_images[subset(len(data.test_images), 512).to(args.device)]
-    history = train(model, optimizer, data, args, folder, state, partial(collapse_meters, images=few))
-    report_collapses(model.eval(), data, history, args, folder)
-    report(model, data, baselines, history, folder)
+    few = data.test_images[fixed_order(len(data.test_images))[:512]]
+
+    def meters(model):
+        W = model.code_vectors().cpu()
+        return collapse_meters(embed(model, few), W, model.temperature)
+
+    untrained = examine(model, data)
+    history = train(model, optimizer, data, args, folder, state, meters)
+    report_collapses(model, data, history, args, folder)
+    report(model, data, untrained, history, folder)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_a_misspelt_mixing_or_loss_is_named():
     with pytest.raises(ValueError, match="mixing 'mix' is none of"):
         ba_ssl.BatchFusion(6, mixing="mix")
     with pytest.raises(ValueError, match="loss 'SimCLR' is none of"):
-        ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), loss="SimCLR")
+        ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), 32, loss="SimCLR")
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_wrong_batch_or_canvas_is_named():
 
 def model_on_noise(loss, **options):
     torch.manual_seed(0)
-    return ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), loss=loss, **options), torch.rand(2, 6, 1, 8, 8)
+    return ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), 32, loss=loss, **options), torch.rand(2, 6, 1, 8, 8)
 
 
 def assert_same_terms(ours, theirs):
@@ -132,36 +132,51 @@ def assert_same_terms(ours, theirs):
 
 
 def test_vicreg_is_that_of_its_script():
-    model, views = model_on_noise("vicreg", sizes=(16, 16))
-    own = vicreg.VICReg(model.encoder, (16, 16))
+    model, views = model_on_noise("vicreg", projector=(16, 16))
+    own = vicreg.VICReg(model.encoder, 32, projector=(16, 16))
     own.projector.load_state_dict(model.projector.state_dict(), strict=False)             # its last layer has no bias
     assert_same_terms(model(*views, None), own(*views))
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_falcon_is_that_of_its_script(seed):
-    model, views = model_on_noise("falcon", sizes=(64,), seed=seed)
-    own = falcon.FALCON(model.encoder, batch=6, seed=seed)
+    model, views = model_on_noise("falcon", projector=(64,), seed=seed)
+    own = falcon.FALCON(model.encoder, 32, batch=6, seed=seed)
     own.projector.load_state_dict(model.projector.state_dict())
     ours, theirs = model(*views, None), own(*views)
     assert_same_terms(ours, theirs)
 
 
 def test_icone_is_that_of_its_script():
-    """The same but for the centring, which is given away here: a head that both share, no running mean."""
-    model, views = model_on_noise("icone", sizes=(16,), count=6)
-    own, index = icone.IConE(model.encoder, views[0], (16,), centre=0), torch.randperm(6)
-    own.projector, own.table = model.projector.train(), model.table
+    """The same but for the centring, which is given away here: embeddings come as they are, no running mean."""
+    model, views = model_on_noise("icone", projector=(16,), count=6)
+    own = icone.IConE(torch.nn.Identity(), 16, 6, centre=0)
+    own.table = model.table
+    index = torch.randperm(6)
     z1, z2 = model.embed(*views)
-    own.encoder, own.projector = torch.nn.Identity(), torch.nn.Identity()
-    assert_same_terms([ba_ssl.icone_terms(z1, z2, model.table, index)], own(z1, z2, index))
+    theirs, _ = own(z1, z2, index)
+    for name, value in ba_ssl.icone_terms(z1, z2, model.table, index).items():
+        torch.testing.assert_close(ba_ssl.WEIGHTS["icone"][name] * value, theirs[name])
+
+
+@pytest.mark.parametrize("terms", [ba_ssl.nt_xent, ba_ssl.vicreg_terms, lambda z1, z2: ba_ssl.falcon_terms(z1, z2, 0),
+                                   lambda z1, z2: ba_ssl.icone_terms(z1, z2, torch.ones(9, 8), torch.arange(6))])
+def test_views_of_different_shapes_are_refused_and_named(terms):
+    with pytest.raises(ValueError, match=r"agree in shape, got \[6, 8\] and \[5, 8\]"):
+        terms(torch.ones(6, 8), torch.ones(5, 8))
+
+
+def test_an_index_of_the_wrong_length_is_refused_and_named():
+    z = torch.ones(6, 8)
+    with pytest.raises(ValueError, match=r"each of 6 images, got \[4\]"):
+        ba_ssl.icone_terms(z, z, torch.ones(9, 8), torch.arange(4))
 
 
 def test_features_behind_the_module_keep_their_order_and_number():
     fusion = ba_ssl.BatchFusion(8, 4, 0, gate=.5)                        # x -> 1.5 x
-    model, stack = ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), fusion), torch.rand(19, 1, 8, 8)
+    model, stack = ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), 32, fusion), torch.rand(19, 1, 8, 8)
     for n in (3, 8, 19):
-        behind, = ba_ssl.fused_features(model, stack[:n])
+        behind = ba_ssl.fused_features(model, stack[:n])
         torch.testing.assert_close(behind, model.encoder(1.5 * stack[:n]).detach())
 
 
@@ -193,7 +208,7 @@ def loss_after_training_on_noise(keep_slots, steps=400, b=16):
     """Mean NT-Xent of the last 50 of `steps` steps on independent noise views, over chance."""
     torch.manual_seed(0)
     fusion = ba_ssl.BatchFusion(b, 4, 2, keep_slots=keep_slots)
-    model = ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), fusion).train()
+    model = ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), 32, fusion).train()
     optimizer, seen = torch.optim.AdamW(model.parameters(), 1e-2), []
     for _ in range(steps):
         terms, _ = model(torch.rand(b, 1, 8, 8), torch.rand(b, 1, 8, 8), torch.arange(b))

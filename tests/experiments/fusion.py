@@ -1,6 +1,6 @@
 """Base methods with and without batch fusion, layers, controls, batch sizes: README's tables and figure.
 
-    python tests/fusion.py --jobs 2                         # some ninety minutes on 2 cores; goes on where it stopped
+    python tests/experiments/fusion.py --jobs 2                         # some ninety minutes on 2 cores; goes on where it stopped
 
 Runs ba_ssl.py as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/fusion.
 """
@@ -30,11 +30,10 @@ RUNS = {  # name: (its base, options)
 def numbers(job):
     """One run's numbers; those of the noise meters are those of the last epoch."""
     folder, options = job
-    probes = run(folder, "ba_ssl.py", options)["k-NN, linear"]
+    probes = run(folder, "ba_ssl.py", options)["probes"]
     meters = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["meters"]
-    knn, linear = probes["trained encoder"]
-    behind = {name: probes[name][0] for name in ("with the module",) if name in probes}
-    return {"k-NN": knn, "linear": linear, **behind, **meters}
+    behind = {"with the module": probes["with the module"]["k-NN"]} if "with the module" in probes else {}
+    return {**probes["trained encoder"], **behind, **meters}
 
 
 def spread(values, decimals=3):

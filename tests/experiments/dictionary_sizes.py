@@ -1,6 +1,6 @@
 """FALCON from 16 to 16,384 codes, its learnable dictionaries, and without its prior: README's table and figure.
 
-    python tests/dictionary_sizes.py --jobs 2               # about half an hour on 2 cores; goes on where it stopped
+    python tests/experiments/dictionary_sizes.py --jobs 2               # about half an hour on 2 cores; goes on where it stopped
 
 Runs falcon.py as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/dictionary-sizes.
 """
@@ -29,8 +29,8 @@ COLUMNS = {  # name in meters.json, or in report.json: decimals
 def numbers(job):
     """One run's numbers, {name in COLUMNS: value}."""
     folder, options = job
-    knn, linear = run(folder, "falcon.py", options)["k-NN, linear"]["trained encoder"]
-    return {"k-NN": knn, "linear": linear, **json.loads((folder / "meters.json").read_text())}
+    probe = run(folder, "falcon.py", options)["probes"]["trained encoder"]
+    return {**probe, **json.loads((folder / "meters.json").read_text())}
 
 
 def main():

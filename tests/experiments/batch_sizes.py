@@ -1,6 +1,6 @@
 """Every method at several batch sizes, as many images seen by each: README's table and figure.
 
-    python tests/batch_sizes.py --jobs 2                    # an hour and a quarter on 2 cores; goes on where it stopped
+    python tests/experiments/batch_sizes.py --jobs 2                    # an hour and a quarter on 2 cores; goes on where it stopped
 
 Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/batch-sizes.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 METHODS = {  # name in the figure: script, its options, batch sizes
     "IConE": ("icone.py", [], [1, 4, 16, 64]),
     "IConE, 64 images a step": ("icone.py", ["--accumulate", "64"], [1]),
@@ -37,8 +37,8 @@ def run(folder, script, options):
 def numbers(job):
     """One run's numbers in the order of COLUMNS."""
     report = run(*job)
-    panel = report["panel"]["projector z"]
-    return [*report["k-NN, linear"]["trained encoder"], panel["RankMe"], panel["TwoNN"]]
+    panel = report["panels"]["projector z"]
+    return [*report["probes"]["trained encoder"].values(), panel["RankMe"], panel["TwoNN"]]
 
 
 def main():
