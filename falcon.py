@@ -222,7 +222,7 @@ class Encoder(nn.Module):
         self.to(memory_format=torch.channels_last if axes == 2 else torch.channels_last_3d)
 
     def forward(self, x):
-        x = self.stages(self.stem(x))                                # [N, 8 width, *S/8]
+        x = self.stages(self.stem(x))                                # [N, 8 width, *S/8, rounded up]
         return x.flatten(2).mean(2)
 
 
@@ -248,13 +248,15 @@ def warp(x, angles, scale, shift, sides):
     angles [N, 1], in 3-D rotation vectors [N, 3], radians; scale [N]; shift [N, axes], half canvases; all may
     have more axes of length 1 -> [N, C, *sides], 0 outside.
     """
+    # affine_grid wants for each place of the result the place of x that it comes from: the inverse of the
+    # pose, in half canvases, last axis first.
     axes = x.ndim - 2
     i, j = torch.triu_indices(axes, axes, 1, device=x.device)        # the planes of rotation
     skew = x.new_zeros(len(x), axes, axes)
     skew[:, i, j] = angles.flatten(1)
     inverse = torch.linalg.matrix_exp(skew - skew.mT) / scale.view(-1, 1, 1)
-    length = x.new_tensor(sides[::-1])                               # grids count in half canvases, x first
-    inverse = inverse * length / length[:, None]
+    length = x.new_tensor(sides[::-1])
+    inverse = inverse * length / length[:, None]                     # pixels stay square on other canvases
     offset = -inverse @ shift.view(-1, axes, 1)
     theta = torch.cat([inverse, offset], 2)                          # [N, axes, axes + 1]
     grid = F.affine_grid(theta, [len(x), x.shape[1], *sides], align_corners=False)
@@ -325,14 +327,14 @@ def read_split(path, arrays, split):
         die(f"{path}: {split}_images holds NaN or values outside [0, 1] (uint8: 0 to 255): clean it first")
 
     if y is None or y.size != len(x) or y.dtype.kind not in "ui" or y.min() < 0:
-        y = np.zeros(len(x))                                         # one class tells nothing: see load_data
-    return x, torch.from_numpy(y.reshape(-1).astype(np.int64))
+        y = np.zeros(len(x))                                         # one class: load_data says so
+    return x, torch.from_numpy(y.ravel().astype(np.int64))
 
 
 def read_npz(path):
     """MedMNIST's layout: train_images [N, *S] or [N, *S, 3], uint8 or in [0, 1]; without test_images
     a fifth is held out."""
-    keys = ["train_images", "train_labels", "test_images", "test_labels"]
+    keys = "train_images train_labels test_images test_labels".split()
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in keys if key in archive}
@@ -358,7 +360,7 @@ def load_data(name):
     else:
         data = read_npz(name)
     if len(data.labels.unique()) < 2 or len(data.test_labels.unique()) < 2:
-        print(f"{name} has no class labels for both training and test: the probes are left out")
+        print(f"{name} has no class labels (whole numbers, two classes) for training and test: no probes")
         data = data._replace(labels=None, test_labels=None)
     return data
 
@@ -366,13 +368,13 @@ def load_data(name):
 # ---- Training ----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def encode(function, images):
-    """function(images), in batches of 256, in fp32."""
+    """function(images), 256 at a time."""
     batches = images.split(256)
-    return torch.cat([function(batch).float() for batch in batches])
+    return torch.cat([function(batch) for batch in batches])
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up to the peak over the first tenth of the steps, then half a cosine down to 0."""
+    """What to multiply --lr with: a linear rise to the peak in the first tenth, then half a cosine to 0."""
     warmup = max(1, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -381,27 +383,30 @@ def learning_rate(step, steps, peak):
 
 
 def train(model, optimizer, data, args, folder, state, meters=None):
-    """Minimise the sum of the model's terms; a checkpoint and a line of metrics an epoch.
+    """Minimise the sum of the model's terms -> history, a dict of means for each epoch.
 
-    state: the checkpoint to go on from, or None. meters(model in eval mode) -> {name: number}, put into that
-    line as "meters" if given.
+    One optimiser step takes `accumulate` batches. The checkpoint last.pt and metrics.jsonl, the history, are
+    written at the start and after each epoch. state: the checkpoint to go on from, or None. meters(model in
+    eval mode) -> {name: number}, put into the epoch's line as "meters" if given.
     """
     images = data.images
     device = images.device
     step_size = args.batch * args.accumulate
-    steps = len(images) // step_size                                 # an epoch; what is left over is dropped
+    steps = len(images) // step_size                                 # in an epoch; the rest is dropped
     total = args.epochs * steps
-    peak = math.sqrt(step_size / 128)                                # Adam's noise scale: arXiv 2205.10287
-    factor = partial(learning_rate, steps=total, peak=peak)          # of the optimizer's own learning rates
+    # For Adam the noise of a step stays alike if the rate follows sqrt(batch), arXiv 2205.10287; 128 is where
+    # --lr was chosen. The schedule multiplies the learning rates that the optimizer was made with.
+    peak = math.sqrt(step_size / 128)
+    factor = partial(learning_rate, steps=total, peak=peak)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    generator = torch.Generator(device).manual_seed(args.seed)       # order, poses, light and noise
+    generator = torch.Generator(device).manual_seed(args.seed)       # of order and views
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     history = []
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_rng"])
+        torch.set_rng_state(state["torch_rng"])                      # what models themselves draw, on the CPU
         history = state["history"]
 
     def checkpoint():
@@ -423,14 +428,14 @@ def train(model, optimizer, data, args, folder, state, meters=None):
             order = torch.randperm(len(images), generator=generator, device=device)[:steps * step_size]
             for batches in order.view(steps, args.accumulate, args.batch):
                 optimizer.zero_grad()
-                for index in batches:
+                for index in batches:                                # the numbers of `batch` images
                     views = two_views(images[index], generator)
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                         terms, notes = model(*views, index)
                     loss = sum(terms.values())
                     (loss / args.accumulate).backward()
                     for name, value in {"loss": loss, **terms, **notes}.items():
-                        sums[name] += torch.as_tensor(value).detach()
+                        sums[name] += torch.as_tensor(value).detach()              # not .item(): no waiting
                 optimizer.step()
                 schedule.step()
                 bar.update()
@@ -443,7 +448,7 @@ def train(model, optimizer, data, args, folder, state, meters=None):
             model.eval()
             if meters:
                 line["meters"] = meters(model)
-            if data.labels is not None and epoch % max(1, args.epochs // 8) == 0:
+            if data.labels is not None and epoch % max(1, args.epochs // 8) == 0:      # some eight times
                 h = encode(model.encoder, images)
                 h_test = encode(model.encoder, data.test_images)
                 line["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
@@ -494,7 +499,7 @@ def plot_curves(history, probes, folder):
     epochs = [line["epoch"] for line in history]
     names = [name for name in history[0] if name not in ("epoch", "loss", "knn", "meters")]
     left.plot(epochs, [[line[name] for name in names] for line in history], label=names)
-    left.set_yscale("asinh", linear_width=0.01)                      # logarithmic, but for terms that cross 0
+    left.set_yscale("asinh", linear_width=0.1)                       # logarithmic, but for terms that cross 0
     left.set(xlabel="epoch", ylabel="mean over the epoch")
 
     knn = [line.get("knn", math.nan) for line in history]
@@ -596,11 +601,12 @@ def options(batch, epochs, lr, least_batch=1):
 
 
 def parse(parser):
-    """The options, and the checkpoint to go on from or None; a resumed run keeps its own options."""
+    """The options, and the checkpoint to go on from or None; a resumed run keeps its own options, but for
+    --out, which is where it lies now."""
     args = parser.parse_args()
     if not args.resume:
         return args, None
-    if len(sys.argv) > 3:
+    if sum(word.startswith("--") for word in sys.argv) > 1:
         die("--resume takes no other option: the run keeps its own")
     try:
         state = torch.load(Path(args.resume, "last.pt"), map_location="cpu", weights_only=True)
@@ -612,12 +618,12 @@ def parse(parser):
 
 
 def data_for(args):
-    """The data on the device, if this run can take them."""
+    """The data, images on the device; ends the program if this run cannot take them."""
     data = load_data(args.data)
     if len(data.images) < max(2, args.batch * args.accumulate) or len(data.test_images) < 4:
         die(f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images: --batch "
-            f"{args.batch} x {args.accumulate} needs as many of the first, the panel 4 of the second")
-    if args.amp != "off" and args.device == "cpu" and data.images.ndim == 5:
+            f"{args.batch} x {args.accumulate} needs as many training images, 2 at least, and 4 test images")
+    if args.amp != "off" and "cpu" in args.device and data.images.ndim == 5:
         die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
     try:
         return data._replace(images=data.images.to(args.device), test_images=data.test_images.to(args.device))
@@ -626,7 +632,11 @@ def data_for(args):
 
 
 def open_folder(args, state):
-    """The run's folder, made where there is none, with config.json in it."""
+    """The run's folder, made where there is none, with config.json in it; --out, or the first free number.
+
+    Ends the program if it holds something else than the run that is resumed. Two runs that start at once do
+    not get one number: then exist_ok is False, and the second one ends.
+    """
     number = 1
     while (free := Path("runs", f"{Path(sys.argv[0]).stem}-{number}")).exists():
         number += 1

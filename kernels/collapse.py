@@ -1,16 +1,17 @@
-"""Has it collapsed? Measures of any embeddings, in anybody's training loop, and one sentence that judges them.
+"""Has it collapsed? Measures of any embeddings, in anybody's training loop, and one sentence on them.
 
     panel = collapse_panel(z, z1, z2)      embeddings of images, and of two views of each
     print(verdict(panel, untrained))       untrained: the panel of the same network before training
     knn_accuracy(h, y, h_test, y_test)     do neighbours share a class?
 
-Self-supervised learning collapses when different inputs end up with the same embedding (complete collapse), or with
-embeddings on a line or in a thin subspace (dimensional collapse). No single number shows both: a constant plus noise
-has full centred rank, healthy features that are all positive have a mean cosine of 0.97. Hence a panel.
+Self-supervised learning collapses when different inputs end up with the same embedding (complete collapse),
+or with embeddings on a line or in a thin subspace (dimensional collapse). No single number shows both: a
+constant plus noise has full centred rank, healthy features that are all positive have a mean cosine of 0.97.
+Hence a panel.
 
-Arithmetic and bytes. Nothing is N x N: uniformity is a log-sum-exp over the bank of the embeddings themselves,
-neighbours are a top-k over it (4 N^2 D operations together), ranks come from the smaller of z^T z and z z^T in
-float64. 50,000 x 512 take about 45 s on two cores of an AMD EPYC.
+Arithmetic and bytes. Nothing is N x N: uniformity is a log-sum-exp over the bank of the embeddings
+themselves, neighbours are a top-k over it (4 N^2 D operations together), ranks come from the smaller of z^T z
+and z z^T in float64. @MEASURED@
 """
 import math
 
@@ -61,9 +62,9 @@ def _uniformity(unit):
 def _twonn(z, candidates=8):
     """Intrinsic dimension from the ratio of the distances to the two nearest others, Facco et al. 2017.
 
-    The maximum-likelihood form (n - 1) / sum log(r2 / r1), over all points: nothing is discarded but points that
-    have a duplicate, r1 = 0. Candidates come from dot products, 2 z_i . z_j - |z_j|^2 orders by distance; their
-    distances are then made anew from differences, in float64.
+    The maximum-likelihood form (n - 1) / sum log(r2 / r1), over all points: nothing is discarded but points
+    that have a duplicate, r1 = 0. Candidates come from dot products, since 2 z_i . z_j - |z_j|^2 orders by
+    distance; their distances are then made anew from differences, in float64.
     """
     centred = (z - z.mean(dim=0)).to(_work_dtype(z))
     queries = torch.cat([2 * centred, centred.new_full((len(z), 1), -1)], dim=1)       # [N, D + 1]
@@ -95,7 +96,7 @@ def _check(z, views):
 
 @torch.no_grad()
 def collapse_panel(z, z1=None, z2=None):
-    """Measures of z [N, D], embeddings of N images, and of z1, z2 [N, D], two views of each -> {name: number}.
+    """Measures of embeddings z [N, D] of N images, and z1, z2 [N, D] of two views of each -> {name: number}.
 
     samples, width   N, D
     raw std          standard deviation over images, mean over dimensions; in z's units
@@ -106,11 +107,11 @@ def collapse_panel(z, z1=None, z2=None):
     uniformity       log mean exp(-2 squared distance) of unit vectors: 0 at one point, towards -4 if spread
     TwoNN            intrinsic dimension by maximum likelihood; beyond 10 only to compare runs
     alignment        mean squared distance of the two views' unit vectors
-    view ratio       alignment over the mean squared distance of two images, 2 - 2 cosine: near 0 if an embedding
-                     knows its image, 1 if two views are as far apart as two images
+    view ratio       alignment over the mean squared distance of two images, 2 - 2 cosine: near 0 if an
+                     embedding knows its image, 1 if two views are as far apart as two images
 
-    Any float dtype, on any device that has float64; statistics in float64. The last two need z1 and z2. All values
-    are NaN if an embedding is not finite. ValueError for shapes that do not agree, N < 4, integers.
+    Any float dtype, on any device that has float64; statistics in float64. The last two need z1 and z2. All
+    values are NaN if an embedding is not finite. ValueError for shapes that do not agree, N < 4, integers.
     """
     views = [view for view in (z1, z2) if view is not None]
     _check(z, views)
@@ -137,7 +138,7 @@ def collapse_panel(z, z1=None, z2=None):
 
 
 # ---- The verdict -------------------------------------------------------------------------------------------
-# All bounds are this project's own: no paper states them. tests/test_collapse.py holds what they must tell apart.
+# All bounds are this project's own: no paper states them. tests/test_collapse.py holds what they tell apart.
 ONE_POINT = 1e-3           # 1 - mean cosine below this: all images in one direction
 VIEW_RATIO = 0.8           # above this an embedding says next to nothing of its image
 SHRUNK = 0.3               # raw std below this share of the untrained network's: training has shrunk it
@@ -146,7 +147,8 @@ SHRUNK = 0.3               # raw std below this share of the untrained network's
 def _too_thin(panel):
     """Which measure of dimensions lies below its bound, in words, or "".
 
-    Participation: nine tenths of the variance on one axis. RankMe: the 3/8th power of what sample and width allow.
+    Participation: nine tenths of the variance on one axis. RankMe: the 3/8th power of what the sample and the
+    width allow.
     """
     most = min(panel["samples"] - 1, panel["width"])
     bounds = {"participation": 1.25 - 0.25 / most, "RankMe": most ** 0.375}
@@ -159,8 +161,8 @@ def _too_thin(panel):
 def verdict(panel, untrained=None):
     """One sentence from a collapse_panel: which collapse, by which criterion, its value and its bound.
 
-    COLLAPSED               all images at one point, or two views of an image as far apart as two images and the
-                            embeddings shrunk or on a line
+    COLLAPSED               all images at one point, or two views of an image as far apart as two images and
+                            the embeddings shrunk or on a line
     DIMENSIONAL COLLAPSE    embeddings know their images, but on a line or in few dimensions
     NOT SPREAD YET          as blind to its image as before training, but no narrower
     No collapse             none of these
@@ -173,7 +175,8 @@ def verdict(panel, untrained=None):
     if not math.isfinite(panel["raw std"] + ratio):
         return "COLLAPSED: embeddings are not finite."
     if panel["raw std"] == 0 or away < ONE_POINT:
-        return f"COLLAPSED: all images point in one direction, 1 - mean cosine is {away:.1g} (bound {ONE_POINT})."
+        direction = f"1 - mean cosine is {away:.1g} (bound {ONE_POINT})"
+        return f"COLLAPSED: all images point in one direction, {direction}."
 
     thin = _too_thin(panel)
     seen = f"two views of an image are {ratio:.2f} times as far apart as two images"
@@ -183,24 +186,25 @@ def verdict(panel, untrained=None):
             return f"COLLAPSED, or not trained yet: {blind}."
         share = panel["raw std"] / max(untrained["raw std"], 1e-30)
         if share < SHRUNK:
-            return f"COLLAPSED: {blind}, and raw std is {share:.2g} of the untrained network's (bound {SHRUNK})."
+            shrunk = f"raw std is {share:.2g} of the untrained network's (bound {SHRUNK})"
+            return f"COLLAPSED: {blind}, and {shrunk}."
         if thin:
             return f"COLLAPSED: {blind}, and {thin}."
-        return f"NOT SPREAD YET: {blind}, as before training: train on, or look for a shortcut past the images."
+        return f"NOT SPREAD YET: {blind}, but no narrower than before training."
     if thin:
         return f"DIMENSIONAL COLLAPSE: {thin}."
     known = f"{seen}, " if "view ratio" in panel else ""
     most = min(panel["samples"] - 1, panel["width"])
-    dimensions = f"participation is {panel['participation']:.1f} and RankMe {panel['RankMe']:.0f} of at most {most}"
-    return f"No collapse: {known}{dimensions}."
+    ranks = f"participation is {panel['participation']:.1f} and RankMe {panel['RankMe']:.0f}"
+    return f"No collapse: {known}{ranks} of at most {most}."
 
 
 # ---- Neighbours --------------------------------------------------------------------------------------------
 @torch.no_grad()
 def knn_accuracy(h, y, h_test, y_test, k=5, temperature=0.07):
-    """Share of test features whose class the k nearest of h name: cosine votes exp(cosine / temperature), exact.
+    """Share of test features whose class the k nearest of h name, by votes exp(cosine / temperature); exact.
 
-    h [N, E], y int64 [N] >= 0; h_test [M, E], y_test [M]. Wu et al., arXiv 1805.01978, has this vote with k = 200.
+    h [N, E], y int64 [N] >= 0; h_test [M, E], y_test [M]. Wu et al., arXiv 1805.01978, vote so with k = 200.
     """
     cosine, row = bank_topk(F.normalize(h_test), F.normalize(h), min(k, len(h)))       # [M, k] each
     y, y_test = y.to(row.device), y_test.to(row.device)
