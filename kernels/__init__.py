@@ -1,7 +1,7 @@
 """Fused losses for self-supervised learning: Triton on GPUs, plain torch everywhere else."""
 from .covariance import variance_covariance, variance_covariance_reference
 from .dictionary import dictionary_loss, dictionary_reference, dictionary_signs
-from .similarity import bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk
+from .bank import bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk
 
 __all__ = ["bank_cross_entropy", "bank_logsumexp", "bank_reference", "bank_repulsion", "bank_topk",
            "dictionary_loss", "dictionary_reference", "dictionary_signs",
