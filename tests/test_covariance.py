@@ -267,3 +267,9 @@ def test_two_passes_keep_the_variance_of_features_far_from_zero():
     assert abs(got - truth) / truth < 1e-6
     one_pass = (z.square().mean(0) - z.mean(0).square()) * 4096 / 4095
     assert ((one_pass - z.double().var(0)).abs() / z.double().var(0)).max() > .05
+
+
+@pytest.mark.parametrize("name", ["gamma", "eps"])
+def test_a_tensor_that_would_get_no_gradient_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be a number"):
+        variance_covariance(torch.zeros(4, 4), **{name: torch.tensor(1., requires_grad=True)})

@@ -195,3 +195,31 @@ def test_a_double_backward_says_there_is_none():
     h = torch.randn(4, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="no double backward"):
         torch.autograd.grad(dictionary_loss(h, h.detach(), 9, 0, 1.)[0], h, create_graph=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_learnable_temperature_gets_its_gradient(impl):
+    h = [x.float() for x in views(6, 9)]
+    W = dictionary_signs(20, 9, 0)
+    def gradient(function, dtype):
+        t = torch.tensor(2., dtype=dtype, requires_grad=True)
+        sum(function(*[x.to(dtype) for x in h], t)).backward()
+        return t.grad
+    truth = gradient(lambda a, b, t: dictionary_reference(a, b, W.double(), t), torch.float64)
+    assert error(gradient(lambda a, b, t: dictionary_loss(a, b, 20, 0, t, impl=impl), torch.float32), truth) < 1e-5
+    if impl == "torch":
+        assert error(gradient(lambda a, b, t: dictionary_loss(a, b, 20, 0, t), torch.float64), truth) < 1e-12
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_inside_torch_compile(impl):
+    """One graph; the held dictionary is not made again by it."""
+    h = [x.float() for x in views(6, 9)]
+    function = streamed(20, 0, 2., "reverse", impl)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(compiled, h), run(function, h)):
+        assert error(got, want.double()) < 1e-6
+    dictionary._held.cache_clear()
+    run(compiled, h)
+    run(compiled, h)
+    assert dictionary._held.cache_info().misses <= 1
