@@ -2,7 +2,7 @@
 from .collapse import collapse_panel, knn_accuracy, verdict
 from .covariance import variance_covariance, variance_covariance_reference
 from .dictionary import dictionary_loss, dictionary_reference, dictionary_signs
-from .similarity import bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk
+from .bank import bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk
 
 __all__ = ["bank_cross_entropy", "bank_logsumexp", "bank_reference", "bank_repulsion", "bank_topk",
            "collapse_panel", "knn_accuracy", "verdict",

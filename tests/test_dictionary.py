@@ -6,7 +6,8 @@ import torch
 
 from kernels import dictionary
 from kernels.benchmark import peak_memory
-from kernels.dictionary import dictionary_loss, dictionary_reference, dictionary_signs, triton
+from kernels.dictionary import dictionary_loss, dictionary_reference, dictionary_signs
+from kernels.launch import triton
 
 SHAPES = [(1, 1, 2), (2, 40, 33), (5, 7, 1), (33, 20, 130), (70, 65, 33), (8, 70, 100)]                  # n, f, c
 IMPLS = ["torch"] + ["triton"] * (triton is not None)
@@ -152,13 +153,28 @@ def test_signs_are_fair_independent_and_for_ever_the_same():
     assert word == x
 
 
-def test_memory_is_a_tenth_of_the_plain_forms_at_a_quarter_million_codes():
+def test_memory_at_a_quarter_million_codes(monkeypatch):
+    """A third of the plain form's with the logarithms kept, a tenth where they are too many to keep."""
     h, t, c = [x.float() for x in views(64, 256)], 4 * released_temperature(64, 256), 262_144
     W = dictionary_signs(c, 256, 0)
-    dictionary_loss(*h, c, 0, t)                                         # the dictionary is held from now on
-    ours = peak_memory(lambda: run(streamed(c, 0, t, "reverse", "torch"), h))
+    function = streamed(c, 0, t, "reverse", "torch")
+    function(*h)                                                         # the dictionary is held from now on
     theirs = peak_memory(lambda: run(lambda *h: dictionary_reference(*h, W, t), h))
-    assert theirs > 4 * (4 * 64 * c) and ours < .1 * theirs, (ours, theirs)
+    kept = peak_memory(lambda: run(function, h))
+    monkeypatch.setattr(dictionary, "KEEP", 0)
+    streams = peak_memory(lambda: run(function, h))
+    assert theirs > 4 * (4 * 64 * c)
+    assert kept < .34 * theirs
+    assert streams < .1 * theirs
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_keeping_the_logarithms_changes_nothing(prior, monkeypatch):
+    h, t = [x.float() for x in views(20, 30)], 2.
+    kept = run(streamed(900, 0, t, prior, "torch"), h)
+    monkeypatch.setattr(dictionary, "KEEP", 0)
+    for one, other in zip(kept, run(streamed(900, 0, t, prior, "torch"), h)):
+        assert error(one, other.double()) < 1e-6
 
 
 def test_bad_input_is_named():
@@ -179,3 +195,31 @@ def test_a_double_backward_says_there_is_none():
     h = torch.randn(4, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="no double backward"):
         torch.autograd.grad(dictionary_loss(h, h.detach(), 9, 0, 1.)[0], h, create_graph=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_learnable_temperature_gets_its_gradient(impl):
+    h = [x.float() for x in views(6, 9)]
+    W = dictionary_signs(20, 9, 0)
+    def gradient(function, dtype):
+        t = torch.tensor(2., dtype=dtype, requires_grad=True)
+        sum(function(*[x.to(dtype) for x in h], t)).backward()
+        return t.grad
+    truth = gradient(lambda a, b, t: dictionary_reference(a, b, W.double(), t), torch.float64)
+    assert error(gradient(lambda a, b, t: dictionary_loss(a, b, 20, 0, t, impl=impl), torch.float32), truth) < 1e-5
+    if impl == "torch":
+        assert error(gradient(lambda a, b, t: dictionary_loss(a, b, 20, 0, t), torch.float64), truth) < 1e-12
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_inside_torch_compile(impl):
+    """One graph; the held dictionary is not made again by it."""
+    h = [x.float() for x in views(6, 9)]
+    function = streamed(20, 0, 2., "reverse", impl)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(compiled, h), run(function, h)):
+        assert error(got, want.double()) < 1e-6
+    dictionary._held.cache_clear()
+    run(compiled, h)
+    run(compiled, h)
+    assert dictionary._held.cache_info().misses <= 1

@@ -1,11 +1,12 @@
-"""kernels/similarity.py against float64: values, gradients for every combination of requires_grad, memory."""
+"""kernels/bank.py against float64: values, gradients for every combination of requires_grad, memory."""
 import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 from kernels.benchmark import peak_memory
-from kernels.similarity import (bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk,
-                                triton)
+from kernels.bank import (bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk,
+                          triton)
 
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 130, 16), (33, 65, 20), (70, 64, 33), (17, 600, 5), (40, 90, 150)]     # B, N, d
 IMPLS = ["torch"] + ["triton"] * (triton is not None)
@@ -158,15 +159,30 @@ def test_topk_is_exact(b, n, k):
 
 def test_memory_grows_with_the_bank_not_with_batch_times_bank():
     """Detached: the same at any N. Trained: the bank's gradient beside it. Either below 5 % of one B x N matrix."""
-    q, function = unit(64, 16), streamed("cross_entropy", "torch")
-    sizes = (50_000, 100_000, 200_000, 400_000)
-    bank = unit(sizes[-1], 16, 1)
+    q = unit(64, 16)
+    bank = unit(400_000, 16, 1)
+    sizes = (100_000, 200_000, 400_000)
     def peak(n, wanted):
-        return peak_memory(lambda: run(function, q, bank[:n], *indices(64, n), .1, wanted=wanted))
-    detached, trained = ([peak(n, wanted) for n in sizes] for wanted in ((True, False), (True, True)))
-    assert max(detached) < 1.01 * min(detached) and detached[-1] < .05 * 4 * 64 * sizes[-1]
-    for n, whole, fixed in zip(sizes, trained, detached):
-        assert whole - 4 * 16 * n < 1.1 * fixed
+        options = *indices(64, n), .1
+        return peak_memory(lambda: run(streamed("cross_entropy", "torch"), q, bank[:n], *options, wanted=wanted))
+    detached = [peak(n, (True, False)) for n in sizes]
+    assert max(detached) < 1.01 * min(detached)
+    assert detached[-1] < .05 * 4 * 64 * sizes[-1]
+    for n, fixed in zip(sizes, detached):
+        assert peak(n, (True, True)) - 4 * 16 * n < 1.1 * fixed
+
+
+def test_kept_weights_cost_less_than_the_textbook_and_change_nothing(monkeypatch):
+    """Up to KEEP numbers a trained bank's weights are kept on a CPU; above, made twice."""
+    q, bank, options = unit(64, 16), unit(50_000, 16, 1), (*indices(64, 50_000), .1)
+    ours = peak_memory(lambda: run(streamed("cross_entropy", "torch"), q, bank, *options))
+    textbook = peak_memory(lambda: run(reference("cross_entropy"), q, bank, *options))
+    kept = run(streamed("cross_entropy", "torch"), q, bank, *options)
+    monkeypatch.setattr(kernels.bank, "KEEP", 0)
+    made_again = run(streamed("cross_entropy", "torch"), q, bank, *options)
+    assert 4 * 64 * 50_000 < ours < .7 * textbook
+    assert torch.equal(kept[1], made_again[1])
+    assert error(kept[2], made_again[2].double()) < 1e-6
 
 
 def test_bad_input_is_named():
@@ -191,3 +207,137 @@ def test_a_double_backward_says_there_is_none():
     q = unit(4, 8).requires_grad_()
     with pytest.raises(RuntimeError, match="no double backward"):
         torch.autograd.grad(bank_repulsion(q, unit(6, 8)), q, create_graph=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_learnable_temperature_gets_its_gradient(impl):
+    q, bank, target = unit(9, 8), unit(50, 8, 1), indices(9, 50)[0]
+    def gradients(function, dtype, **options):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, bank, torch.tensor(.2))]
+        function(*leaves, **options).backward()
+        return [x.grad for x in leaves]
+    def ours(q, bank, temperature):
+        return bank_cross_entropy(q, bank, target, temperature, impl=impl)
+    def textbook(q, bank, temperature):
+        return bank_reference(q, bank, temperature, target)[1]
+    truth = gradients(textbook, torch.float64)
+    for got, true in zip(gradients(ours, torch.float32), truth):
+        assert error(got, true) < 3e-6
+    if impl == "torch":
+        for got, true in zip(gradients(ours, torch.float64), truth):
+            assert error(got, true) < 1e-12
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_detached_bank_may_change_before_the_backward(impl):
+    """As MoCo's queue does, which takes its new keys first."""
+    q, bank, target = unit(9, 8).requires_grad_(), unit(50, 8, 1), indices(9, 50)[0]
+    expected = run(reference("cross_entropy"), q.double(), bank.double(), target, None, .2, upstream=1.)[1]
+    loss = bank_cross_entropy(q, bank, target, .2, impl=impl)
+    bank.zero_()
+    loss.backward()
+    assert error(q.grad, expected) < 3e-6
+
+
+@pytest.mark.skipif(triton is None, reason="needs triton")
+def test_offsets_are_64_bit_on_both_axes(device):
+    """A transposed queue whose columns lie 2^30 apart: its storage is address space, hardly touched."""
+    storage = torch.empty(3 * 2 ** 30 + 64, dtype=torch.float16, device=device)
+    bank = storage.as_strided((5, 4), (1, 2 ** 30 + 7))
+    bank.copy_(unit(5, 4))
+    q = unit(2, 4, device=device)
+    far = bank_logsumexp(q, bank, .2, impl="triton")
+    assert torch.equal(far, bank_logsumexp(q, bank.clone(memory_format=torch.contiguous_format), .2, impl="triton"))
+
+
+def test_mixed_dtypes_compute_in_the_wider_one():
+    q, bank = unit(4, 8), unit(30, 8, 1).double()
+    truth = (q.double() @ bank.T).topk(3)
+    values, rows = bank_topk(q, bank, 3)
+    assert values.dtype == torch.float64
+    assert torch.equal(rows, truth.indices)
+    assert error(values, truth.values) < 1e-15
+    lse = bank_logsumexp(q, bank, .2)
+    assert lse.dtype == torch.float64
+    assert error(lse, torch.logsumexp(q.double() @ bank.T / .2, 1)) < 1e-14
+    with pytest.raises(ValueError, match="impl='triton'"):
+        bank_logsumexp(q, bank, .2, impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_several_excluded_rows(impl):
+    q, bank = unit(9, 8), unit(50, 8, 1)
+    exclude = torch.randint(50, (9, 3), generator=torch.Generator().manual_seed(0))
+    exclude[:, 1:] = (exclude[:, :1] + torch.tensor([1, 2])) % 50
+    options = indices(9, 50)[0], exclude, .2
+    for name in ("logsumexp", "cross_entropy", "repulsion"):
+        truth = run(reference(name), q.double(), bank.double(), *options)
+        for got, true in zip(run(streamed(name, impl), q, bank, *options), truth):
+            assert error(got, true) < 3e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("trained", [False, True])
+def test_inside_torch_compile(impl, trained):
+    """Forward and backward in one graph, with nothing in it that looks at a tensor's values."""
+    q, bank, options = unit(9, 8), unit(50, 8, 1), (*indices(9, 50), .2)
+    compiled = torch.compile(streamed("cross_entropy", impl), fullgraph=True, backend="aot_eager")
+    truth = run(reference("cross_entropy"), q.double(), bank.double(), *options)
+    got = run(compiled, q, bank, *options, wanted=(True, trained))
+    for value, true in zip(got[:2 + trained], truth):
+        assert error(value, true) < 3e-6
+
+
+def test_all_pairs_inside_torch_compile():
+    x = unit(20, 8).requires_grad_()
+    compiled = torch.compile(lambda x: bank_repulsion(x, x, "self"), fullgraph=True, backend="aot_eager")
+    compiled(x).backward()
+    y = x.detach().double().requires_grad_()
+    bank_reference(y, y, 1., exclude=torch.arange(20))[2].backward()
+    assert error(x.grad, y.grad) < 3e-6
+
+
+# ---- Recipes: what README shows, against the textbook ------------------------------------------------------
+def test_recipe_symmetric_loss_with_a_learnable_scale():
+    """CLIP: both directions, logits times exp(log_scale)."""
+    a, b = unit(12, 8).double().requires_grad_(), unit(12, 8, 1).double().requires_grad_()
+    log_scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    pairs = torch.arange(12)
+    temperature = (-log_scale).exp()
+    loss = (bank_cross_entropy(a, b, pairs, temperature) + bank_cross_entropy(b, a, pairs, temperature)) / 2
+    logits = log_scale.exp() * a @ b.T
+    truth = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+    leaves = a, b, log_scale
+    for got, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, leaves)):
+        assert error(got, true) < 1e-12
+    assert error(loss.detach(), truth.detach()) < 1e-12
+
+
+def test_recipe_several_positives():
+    """SupCon: the mean over positives of log p, each row itself left out."""
+    z, label = unit(12, 8).double(), torch.arange(12) % 3
+    positives = torch.stack([torch.arange(12).roll(-3 * k) for k in (1, 2, 3)], dim=1)     # of the same label
+    assert (label[positives] == label[:, None]).all()
+    lse = bank_logsumexp(z, z, .1, "self")
+    loss = (lse - (z[:, None] * z[positives]).sum(2).mean(1) / .1).mean()
+    s = (z @ z.T / .1).fill_diagonal_(-torch.inf)
+    log_p = s - s.logsumexp(1, keepdim=True)
+    same = (label[:, None] == label) & ~torch.eye(12, dtype=torch.bool)
+    truth = -(torch.where(same, log_p, 0.).sum(1) / same.sum(1)).mean()
+    assert error(loss, truth) < 1e-12
+
+
+def test_recipe_label_smoothing():
+    q, bank, target = unit(9, 8).double(), unit(50, 8, 1).double(), indices(9, 50)[0]
+    uniform = (q @ bank.mean(0) / .2).mean()
+    lse = bank_logsumexp(q, bank, .2).mean()
+    loss = .9 * bank_cross_entropy(q, bank, target, .2) + .1 * (lse - uniform)
+    truth = F.cross_entropy(q @ bank.T / .2, target, label_smoothing=.1)
+    assert error(loss, truth) < 1e-12
+
+
+def test_recipe_shards_of_a_bank():
+    q, bank = unit(9, 8).double(), unit(50, 8, 1).double()
+    shards = bank.split(17)
+    lse = torch.stack([bank_logsumexp(q, shard, .2) for shard in shards]).logsumexp(0)
+    assert error(lse, bank_logsumexp(q, bank, .2)) < 1e-14

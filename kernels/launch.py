@@ -1,0 +1,130 @@
+"""What the kernel files share: whether Triton can be used, on which device, with how many programs, under
+torch.compile."""
+import functools
+import warnings
+from contextlib import nullcontext
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                    # no wheel here: all but impl="triton" works
+    triton = None
+    tl = None
+
+OLDEST_TRITON = 3, 3                                   # 3.2 aborts the whole process on some of these kernels
+INTERPRETED_PROCESSORS = 132                           # without a GPU, work is split as for an H100
+
+
+def triton_version():
+    """(major, minor) of the installed Triton; (0, 0) without one."""
+    if triton is None:
+        return 0, 0
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _count_up(number):
+        tl.store(number, tl.load(number) + 1)
+
+
+@functools.lru_cache(maxsize=None)
+def _compiles(index):
+    """Whether a small kernel compiles and starts on this CUDA device; warns once where it does not."""
+    if triton_version() < OLDEST_TRITON:
+        reason = f"Triton {triton.__version__} is too old, 3.3 is needed"
+    else:
+        try:
+            with torch.cuda.device(index):
+                _count_up[(1,)](torch.zeros(1, device="cuda"))
+            return True
+        except Exception as error:                     # no C compiler, no driver, a GPU it does not know
+            reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"kernels use plain torch on cuda:{index}, since Triton cannot be used there ({reason})")
+    return False
+
+
+# torch.compile calls it while it traces and takes the answer for a constant.
+_compiles_now = torch.compiler.assume_constant_result(_compiles)
+
+
+def pick(impl, tensors, worthwhile=True):
+    """"torch" or "triton" for an option "auto", "torch" or "triton" and these inputs.
+
+    worthwhile: whether "auto" shall take Triton at this shape, if it can be used at all: for CUDA tensors,
+    none of them float64, where Triton is installed, not older than 3.3, and compiles.
+    Raises ValueError for another option, or if "triton" is asked for and cannot be had.
+    """
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    missing = triton_version() < OLDEST_TRITON
+    if impl not in ("auto", "torch", "triton") or (impl == "triton" and (missing or wide)):
+        raise ValueError(f"impl={impl!r}: auto, torch, or triton (needs the triton package, 3.3 or newer, "
+                         "and takes at most fp32)")
+    if impl != "auto":
+        return impl
+    device = tensors[0].device
+    if device.type != "cuda" or triton is None or wide or not worthwhile:
+        return "torch"
+    return "triton" if _compiles_now(device.index) else "torch"
+
+
+def on_device(x):
+    """Triton launches on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@functools.lru_cache(maxsize=None)
+def _processors(index):
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs(x):
+    """How many programs fill the device of x: two for each processor."""
+    return 2 * (_processors(x.device.index) if x.is_cuda else INTERPRETED_PROCESSORS)
+
+
+def is_hopper(x):
+    """Whether x is on an NVIDIA GPU of Hopper's generation or newer."""
+    return x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def opaque(name, fake):
+    """Decorator: under torch.compile the function is one operator that nobody looks into, elsewhere it is
+    itself.
+
+    fake: from the same arguments, empty tensors of the shapes and dtypes that the function returns.
+    """
+    def wrap(function):
+        operator = torch.library.custom_op(f"kernels::{name}", function, mutates_args=())
+        operator.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*arguments):
+            if torch.compiler.is_compiling():
+                return operator(*arguments)
+            return function(*arguments)
+        return call
+    return wrap
+
+
+def check_temperature(temperature):
+    """ValueError unless it is a number above 0, or a tensor of one, whose value is only looked at on a
+    CPU."""
+    if not isinstance(temperature, torch.Tensor):
+        good = temperature > 0
+    elif temperature.numel() != 1:
+        raise ValueError(f"temperature must be one number, got {list(temperature.shape)}")
+    else:
+        good = temperature.is_cuda or torch.compiler.is_compiling() or temperature > 0
+    if not good:
+        raise ValueError(f"temperature {temperature} must be above 0")
+
+
+def refuse_double_backward(name, instead=""):
+    """Call in a backward: RuntimeError under create_graph=True."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} has no double backward{instead}")
