@@ -18,7 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .similarity import bank_logsumexp, bank_topk
+from .bank import bank_logsumexp, bank_topk
 
 
 # ---- Parts of the panel ------------------------------------------------------------------------------------
