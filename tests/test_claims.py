@@ -46,7 +46,7 @@ def benchmark(*options):
 
 def test_ratios_of_the_covariance_loss(tmp_path):
     """Against facebookresearch's form in one run: time at least, extra memory at most 3 x the input."""
-    rows = benchmark("--bank", "--dictionary", "--pictures", tmp_path)
+    rows = benchmark("--only", "covariance", "--pictures", tmp_path)
     assert (tmp_path / "covariance.png").exists()
     for size, least in {"64, 8192": 25, "256, 8192": 18, "256, 2048": 3, "4096, 512": 1.8}.items():
         assert rows[size][0] >= least, (size, rows)
@@ -55,7 +55,7 @@ def test_ratios_of_the_covariance_loss(tmp_path):
 
 def test_ratios_of_the_bank_similarity():
     """Against the materialised form in one run: time and extra memory at most; and memory linear in the bank."""
-    rows = benchmark("--covariance", "--dictionary", "--bank", "256x200000x128")
+    rows = benchmark("--only", "bank", "--bank", "256x200000x128")
     for case, time_share, memory_share in [("cross-entropy, bank detached", .4, .05),
                                            ("cross-entropy, bank trained", .65, 1)]:
         faster, less, _ = rows[f"256, 200000, 128 {case}"]
@@ -66,5 +66,5 @@ def test_ratios_of_the_bank_similarity():
 
 def test_ratios_of_the_dictionary_loss():
     """Against the released form in one run, at a quarter million codes: a tenth of its memory, and no slower."""
-    faster, less, _ = benchmark("--covariance", "--bank", "--dictionary", "64x262144x256")["64, 262144, 256"]
+    faster, less, _ = benchmark("--only", "dictionary", "--dictionary", "64x262144x256")["64, 262144, 256"]
     assert faster >= 1 and less >= 10
