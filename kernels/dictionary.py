@@ -569,7 +569,8 @@ def _forward_triton(h, codes, seed, reverse):
         log_c = math.log2(codes)
         _row_terms[blocks, slabs](parts, top, rest, m, terms, n, codes, *hashing, log_c, per_slab, reverse,
                                   **TWO_VIEWS)
-    E, R = terms.sum(dim=0)
+    E = terms[:, 0].sum(dim=0)
+    R = terms[:, 1].sum(dim=0)
     return top.view(2, n), rest.view(2, n), m, E, R
 
 
