@@ -600,6 +600,7 @@ rcParams["legend.fontsize"] = 8
 
 
 def new_figure(width=6.2, height=4.):
+    """Width and height in inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 

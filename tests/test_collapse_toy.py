@@ -1,4 +1,4 @@
-"""collapse_toy.py: simulation against closed form, hand-written against autograd, and the script as users run it."""
+"""collapse_toy.py: simulation against closed form, by hand against autograd, and the script as users run it."""
 import json
 import math
 import re
@@ -42,7 +42,7 @@ def tensors(*arrays):
     return [torch.tensor(array, requires_grad=True) for array in arrays]
 
 
-# ---- Method, gradient and descent ----------------------------------------------------------------------------
+# ---- Method, gradient and descent --------------------------------------------------------------------------
 @pytest.mark.parametrize("head", toy.HEADS)
 def test_loss_is_the_sum_over_edges(head):
     edges, every, _ = case(n=4, w=.7)
@@ -129,8 +129,8 @@ def test_merged_rows_move_as_all_samples_do(head, w):
     part = toy.flow(merged, np.eye(5), head, .02, [0, .5, 3], 1e-11, "DOP853")
     assert apart(part[0][:, -4:], whole[0][:, -4:]) < 1e-8
     assert apart(part[1], whole[1]) < 1e-8
-    for few, all_of_them in zip(part[0], whole[0]):
-        assert toy.headless_loss(merged, few) == pytest.approx(toy.headless_loss(every, all_of_them), rel=1e-7)
+    for few, many in zip(part[0], whole[0]):
+        assert toy.headless_loss(merged, few) == pytest.approx(toy.headless_loss(every, many), rel=1e-7)
 
 
 def test_largest_step_is_where_descent_turns_unstable():
@@ -145,7 +145,7 @@ def test_largest_step_is_where_descent_turns_unstable():
     assert between > 1e6
 
 
-# ---- Without head --------------------------------------------------------------------------------------------
+# ---- Without head ------------------------------------------------------------------------------------------
 def secular(rate, K, n, m, w):
     """0 at each rate of the labels: u = s / (1 - rate) and f = w s / (2 w - rate) put into the third row."""
     return rate + n * rate / (1 - rate) - w * m * (K - 1 - w * (K - 2) / (2 * w - rate))
@@ -179,7 +179,8 @@ def test_check_values_of_the_slow_rate(K, n, m, rate):
     assert toy.leading_rate(K, n, m) == pytest.approx(rate, rel=.06)
 
 
-@pytest.mark.parametrize("K, n, m, w", [(5, 50, 1, 1), (5, 50, 1, .4), (4, 7, 2, .3), (3, 20, 1, 20), (10, 9, 1, .01)])
+@pytest.mark.parametrize("K, n, m, w", [(5, 50, 1, 1), (5, 50, 1, .4), (4, 7, 2, .3),
+                                        (3, 20, 1, 20), (10, 9, 1, .01)])
 def test_label_rates_solve_the_secular_equation(K, n, m, w):
     rates = toy.label_rates(K, n, m, w)
     assert len(rates) == 3
@@ -188,7 +189,8 @@ def test_label_rates_solve_the_secular_equation(K, n, m, w):
         assert abs(secular(rate, K, n, m, w) / slope) < 1e-9
 
 
-@pytest.mark.parametrize("K, n, m, w", [(5, 50, 1, .5), (5, 50, 1, 1), (4, 7, 2, .3), (3, 20, 1, 20), (2, 6, 30, .1)])
+@pytest.mark.parametrize("K, n, m, w", [(5, 50, 1, .5), (5, 50, 1, 1), (4, 7, 2, .3),
+                                        (3, 20, 1, 20), (2, 6, 30, .1)])
 def test_slow_rate_is_the_least_of_the_whole_graph(K, n, m, w):
     rates = independent_rates(K, n, m, w)
     labels = toy.label_rates(K, n, m, w)
@@ -205,7 +207,8 @@ def test_two_classes_have_no_mode_of_frustrated_samples():
     _, every, _ = case(K, n, m, 3, w=w)
     times = toy.late_times(K, n, m, w)
     assert 2 * w < toy.slow_rate(K, n, m, w)
-    assert toy.decay_rate(toy.headless_flow(every, times), times, K) == pytest.approx(toy.slow_rate(K, n, m, w))
+    found = toy.decay_rate(toy.headless_flow(every, times), times, K)
+    assert found == pytest.approx(toy.slow_rate(K, n, m, w))
 
 
 @pytest.mark.parametrize("w", [.01, .1, .5, 1, 10])
@@ -215,7 +218,8 @@ def test_leading_rate_is_first_order_in_p(w):
     assert errors[0] / errors[1] == pytest.approx(2, abs=.05)
 
 
-@pytest.mark.parametrize("K, n, m, w", [(2, 50, 2, 1), (5, 50, 1, 1), (5, 50, 1, .5), (4, 7, 2, .3), (3, 20, 1, 2)])
+@pytest.mark.parametrize("K, n, m, w", [(2, 50, 2, 1), (5, 50, 1, 1), (5, 50, 1, .5),
+                                        (4, 7, 2, .3), (3, 20, 1, 2)])
 def test_simulated_decay_has_the_slow_rate_k_minus_1_times(K, n, m, w):
     _, every, _ = case(K, n, m * math.comb(K, 2), 4, w=w)
     rate, t = toy.slow_rate(K, n, m, w), np.array([60, 90.])
@@ -312,7 +316,7 @@ def test_loss_waits_on_its_plateau_and_then_decays_twice_as_fast_as_distances(w)
 
 
 def test_time_course():
-    """K = 10, n = 200, d = 10, 20 frustrated samples: one start's values lie within the range of 40 others."""
+    """K = 10, n = 200, d = 10, 20 frustrated samples: one start's values lie in the range of 40 others."""
     seen = []
     for seed in range(40):
         *_, merged = case(10, 200, 20, 10, seed)
@@ -332,7 +336,7 @@ def test_accuracy_on_clean_samples_stays_1_while_everything_shrinks():
     assert closest_labels(z, 5) < 1e-6
 
 
-# ---- With head -----------------------------------------------------------------------------------------------
+# ---- With head ---------------------------------------------------------------------------------------------
 def test_conservation():
     _, every, _ = case(n=10)
     z, W = toy.flow(every, np.eye(8), "head+sg", 1 / 60, [0, 1, 10, 40], 1e-11, "DOP853")
@@ -477,7 +481,7 @@ def test_self_consistent_theory_equals_the_ode_of_all_samples():
     assert changes[2] > 1e-9
 
 
-# ---- Teacher-student -----------------------------------------------------------------------------------------
+# ---- Teacher-student ---------------------------------------------------------------------------------------
 def teacher(p, seed=0, start=None):
     if start is None:
         start = rng(seed + 1).normal(size=(30, 8))
@@ -514,8 +518,8 @@ def test_teacher_student_law_fails_where_the_slow_rate_meets_the_noise():
 def test_teacher_student_heads():
     """K = 5, 400 per class, 20 noise dimensions, d = 8, p = .05, eta = .1: who collapses, who does not.
 
-    From seeds 0 and 1 an eigenvalue of W passes near 0, where residuals need not vanish, and eig(W) is still 1e-4
-    off at t = 20,000; seed 2 converges.
+    From seeds 0 and 1 an eigenvalue of W passes near 0, where residuals need not vanish, and eig(W) is still
+    1e-4 off at t = 20,000; seed 2 converges.
     """
     system, s = teacher(.05, 2, rng(3).normal(size=(30, 8)))
     true = np.arange(5).repeat(400)
@@ -542,7 +546,7 @@ def test_teacher_student_does_not_collapse_at_p_0():
     assert closest_labels(toy.headless_flow(system, [1e5])[0], 5) > .5
 
 
-# ---- The script ----------------------------------------------------------------------------------------------
+# ---- The script --------------------------------------------------------------------------------------------
 def run(folder, *args):
     command = [sys.executable, str(SCRIPT), *map(str, args)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
@@ -551,7 +555,7 @@ def run(folder, *args):
 def table(text):
     """The rows that were printed: {name: (theory, measured, apart)}."""
     rows = re.findall(r"^(.{70}) *(\S+) +(\S+) +(\S+)$", text, re.M)
-    return {name.strip(): (float(theory), float(measured), float(off)) for name, theory, measured, off in rows[1:]}
+    return {name.strip(): tuple(map(float, numbers)) for name, *numbers in rows[1:]}
 
 
 @pytest.fixture
@@ -580,7 +584,8 @@ def test_default_run_prints_the_table_and_draws_the_figures(tmp_path):
     assert len(rows) > 20
     for theory, measured, off in rows.values():                  # the last column is what it says
         assert off == pytest.approx(abs(measured - theory) / (abs(theory) or 1), rel=.6, abs=1e-6)
-    exact = [off for name, (*_, off) in rows.items() if re.search("y\\*|3 x 3|conserved|self-consistent|zero", name)]
+    closed_forms = re.compile("y\\*|3 x 3|conserved|self-consistent|zero")
+    exact = [off for name, (*_, off) in rows.items() if closed_forms.search(name)]
     assert len(exact) == 5
     assert max(exact) < 1e-8
     by_torch = [off for name, (*_, off) in rows.items() if "autograd" in name]
@@ -624,7 +629,8 @@ def test_rows_of_the_slow_time_hold_at_other_weights(inside, w):
 
 
 @pytest.mark.parametrize("args, frustrated, fraction", [
-    ("", 10, .04), ("--frustrated 10", 10, 10 / 260), ("--frustrated 0", 0, 0), ("--frustration .5", 250, .5)])
+    ("", 10, .04), ("--frustrated 10", 10, 10 / 260), ("--frustrated 0", 0, 0),
+    ("--frustration .5", 250, .5)])
 def test_number_and_fraction_say_the_same(inside, monkeypatch, tmp_path, args, frustrated, fraction):
     monkeypatch.setitem(toy.EXPERIMENTS, "rate", lambda args: {})
     inside(args + " --experiment rate --out a")
@@ -635,7 +641,8 @@ def test_number_and_fraction_say_the_same(inside, monkeypatch, tmp_path, args, f
 
 @pytest.mark.parametrize("args, says", [
     ("--dim 1", "from 2 to 16"), ("--classes 1", "from 2 to 10"), ("--samples 0", "from 2 to 400"),
-    ("--samples 2.5", "invalid"), ("--seed -1", "from 0"), ("--lr .2", "below 0.01816"), ("--lr nan", "below"),
+    ("--samples 2.5", "invalid"), ("--seed -1", "from 0"), ("--lr .2", "below 0.01816"),
+    ("--lr nan", "below"),
     ("--frustration 1", "from 0 to 0.999"), ("--frustration -.1", "from 0 to 0.999"),
     ("--frustration nan", "from 0 to 0.999"), ("--frustration .0001", "none, or from 1"),
     ("--frustration .99", "none, or from 1 to 5000"), ("--frustrated -1", "from 0 to 5000"),
@@ -643,8 +650,10 @@ def test_number_and_fraction_say_the_same(inside, monkeypatch, tmp_path, args, f
     ("--frustrated 10 --frustration .1", "not allowed with"), ("--frustrated-weight 0", "from 0.01 to 10"),
     ("--frustrated-weight -1", "from 0.01 to 10"), ("--frustrated-weight 11", "from 0.01 to 10"),
     ("--frustrated-weight nan", "from 0.01 to 10"), ("--frustrated-weight heavy", "invalid"),
-    ("--experiment nothing", "invalid choice"), ("--head nothing", "invalid choice"), ("--out full", "not empty"),
-    ("--out full/file", "cannot write"), ("--out full/file/below", "cannot write"), ("--nothing", "unrecognized")])
+    ("--experiment nothing", "invalid choice"), ("--head nothing", "invalid choice"),
+    ("--out full", "not empty"),
+    ("--out full/file", "cannot write"), ("--out full/file/below", "cannot write"),
+    ("--nothing", "unrecognized")])
 def test_bad_parameters_get_one_line_and_write_nothing(tmp_path, capsys, monkeypatch, args, says):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
