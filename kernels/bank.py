@@ -550,25 +550,6 @@ def bank_repulsion(q, bank, exclude=None, impl="auto"):
 
 
 # ---- Top-k -------------------------------------------------------------------------------------------------
-GROUPS = 32                                            # numbers that share a group
-
-
-def _largest(s, k):
-    """The k largest of each row of s [B, C] and their columns. Exact: they lie in the k groups of largest
-    maximum.
-
-    A maximum over groups runs at the speed of memory; a selection among so many fewer numbers costs little.
-    """
-    count = s.shape[1] // GROUPS                       # group g has columns g, g + count, g + 2 count, ...
-    if count < 4 * k:
-        return s.topk(k, dim=1)
-    grouped = s[:, :count * GROUPS].view(len(s), GROUPS, count)
-    group = grouped.amax(dim=1).topk(k, dim=1).indices                                     # [B, k]
-    columns = group[:, None] + count * torch.arange(GROUPS, device=s.device)[:, None]      # [B, GROUPS, k]
-    rest = torch.arange(count * GROUPS, s.shape[1], device=s.device)
-    columns = torch.cat([columns.flatten(1), rest.expand(len(s), -1)], dim=1)
-    values, order = s.gather(1, columns).topk(k, dim=1)
-    return values, columns.gather(1, order)
 
 
 @torch.no_grad()
@@ -589,7 +570,7 @@ def bank_topk(q, bank, k):
         buffer = q.new_empty(len(q) * size)
         for first, part in _chunks(q, bank, size):
             s = torch.mm(q, part.T, out=buffer[:len(q) * len(part)].view(len(q), len(part)))
-            values, columns = _largest(s, min(k, len(part)))
+            values, columns = s.topk(min(k, len(part)), dim=1)
             columns += first
             if best is not None:
                 values = torch.cat([best, values], dim=1)
