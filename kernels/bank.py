@@ -550,8 +550,6 @@ def bank_repulsion(q, bank, exclude=None, impl="auto"):
 
 
 # ---- Top-k -------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def bank_topk(q, bank, k):
     """The k largest dot products of each query, descending, and their rows: [B, k], int64 [B, k]. Exact, in
