@@ -152,8 +152,9 @@ def command(arguments, scripts, prepare=None, way=once):
 @pytest.fixture(scope="module")
 def made(request, tmp_path_factory):
     """All runs of the chosen tests, the longest first."""
-    chosen = [item.callspec.params["run"] for item in request.session.items
-              if "run" in getattr(getattr(item, "callspec", None), "params", ())]
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    chosen = [called.params["run"] for called in parameters if called and "run" in called.params]
+    chosen = [run for run in chosen if isinstance(run, Run)]             # other files have runs of their own
     chosen.sort(key=lambda run: run.way is once)
     folders = [tmp_path_factory.mktemp("run") for _ in chosen]           # mktemp is not safe among threads
     with ThreadPoolExecutor(os.cpu_count()) as pool:
