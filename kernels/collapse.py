@@ -11,7 +11,7 @@ Hence a panel.
 
 Arithmetic and bytes. Nothing is N x N: uniformity is a log-sum-exp over the bank of the embeddings
 themselves, neighbours are a top-k over it (4 N^2 D operations together), ranks come from the smaller of z^T z
-and z z^T in float64. @MEASURED@
+and z z^T in float64. 50,000 x 512 are 5 TFLOP.
 """
 import math
 

