@@ -35,7 +35,8 @@ from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads sleep, others may work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads soon sleep,
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")          # so that other programs may work
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -276,8 +277,7 @@ class Encoder(nn.Module):
         self.to(memory_format=torch.channels_last if axes == 2 else torch.channels_last_3d)
 
     def forward(self, x):
-        x = self.stages(self.stem(x))                                # [N, 8 width, *S/8, rounded up]
-        return x.flatten(2).mean(2)
+        return self.stages(self.stem(x)).flatten(2).mean(2)          # from [N, 8 width, *S/8, rounded up]
 
 
 # ---- Data and augmentation ---------------------------------------------------------------------------------
@@ -423,8 +423,7 @@ def load_data(name):
 @torch.no_grad()
 def encode(function, images):
     """function(images), 256 at a time."""
-    batches = images.split(256)
-    return torch.cat([function(batch) for batch in batches])
+    return torch.cat([function(batch) for batch in images.split(256)])
 
 
 def learning_rate(step, steps, peak):
@@ -567,13 +566,13 @@ def plot_curves(history, probes, folder):
 
 
 def plot_embedding(h_test, labels, folder):
-    """embedding.png: up to 2,000 test features in 2-D, by class."""
-    rows = fixed_order(len(h_test))[:2000]
+    """embedding.png: up to 1,000 test features in 2-D, by class."""
+    rows = fixed_order(len(h_test))[:1000]
     tsne = TSNE(perplexity=min(30, len(rows) / 4), random_state=0)
-    x, y = tsne.fit_transform(h_test[rows]).T
+    places = tsne.fit_transform(h_test[rows])                        # [n, 2]
     figure = Figure(figsize=(6, 5.2))
     axis = figure.subplots()
-    points = axis.scatter(x, y, s=6, c=None if labels is None else labels[rows])
+    points = axis.scatter(*places.T, s=6, c=None if labels is None else labels[rows])
     if labels is not None:
         points.set_cmap("tab10")
         figure.colorbar(points, label="class")
@@ -668,7 +667,7 @@ def parse(parser):
             raise ValueError("it is another script's")
     except Exception as error:                                       # missing, cut short, not a checkpoint
         die(f"cannot resume {args.resume}, its last.pt is no whole checkpoint ({error}): start a new run")
-    return argparse.Namespace(**{**state["config"], "out": args.resume}), state
+    return argparse.Namespace(**state["config"] | {"out": args.resume}), state
 
 
 def data_for(args):

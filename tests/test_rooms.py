@@ -1,6 +1,6 @@
 """The rooms that the scripts share: that they are the same to the letter, and what their functions do.
 
-`python tests/test_rooms.py` copies vicreg.py's rooms into the others.
+`python -m tests.test_rooms` copies vicreg.py's rooms into the others.
 """
 import argparse
 import math
