@@ -60,45 +60,22 @@ def draw_glyphs():
     return torch.tensor(np.array(glyphs)) / 255
 
 
-def clouds(n, channels, size, generator):
-    """Noise of four octaves, 2 x 2 to 16 x 16 places, each as strong as it happens: [n, channels, size, size]."""
+def clouds(n, channels, octaves, size, generator):
+    """Smooth noise, {places on a side: standard deviation} summed: [n, channels, size, size]."""
     total = 0
-    for places in (2, 4, 8, 16):
+    for places, strength in octaves.items():
         octave = torch.randn(n, channels, places, places, generator=generator)
-        strength = uniform(octave, generator, 0, 1)
         total = total + strength * F.interpolate(octave, [size, size], mode="bilinear")
     return total
 
 
-def textures(n, size, generator):
-    """How much of the second of two colours a place has: [n, 1, size, size] in [0, 1]."""
+def stripes(n, size, generator):
+    """Waves of one direction, 2.5 to 5 over the canvas: [n, 1, size, size] in [-1, 1]."""
     line = torch.linspace(-1, 1, size)
     y, x = torch.meshgrid(line, line, indexing="ij")
     draw = partial(uniform, torch.empty(n, 1, 1, 1), generator)
     angle = draw(0, 2 * torch.pi)
-    along = x * angle.cos() + y * angle.sin()                        # [n, 1, size, size]
-    radius = torch.hypot(x - draw(-1, 1), y - draw(-1, 1))
-    frequency = draw(4, 20)
-    phase = draw(0, 2 * torch.pi)
-    kinds = torch.stack([
-        2 * along,                                                   # gradient
-        2 * torch.sin(frequency * along + phase),                    # stripes
-        2 * torch.sin(frequency * radius + phase),                   # rings
-        clouds(n, 1, size, generator)])
-    kind = torch.randint(len(kinds), (n,), generator=generator)
-    sharpness = draw(0.5, 4)
-    return torch.sigmoid(sharpness * kinds[kind, torch.arange(n)])
-
-
-def colours(n, generator, candidates=5):
-    """A ground's two colours, and of some candidates the one farthest from both: three of [n, 3, 1, 1]."""
-    ground = torch.rand(n, 2, 3, generator=generator)
-    ink = torch.rand(n, candidates, 3, generator=generator)
-    luma = torch.tensor([0.299, 0.587, 0.114])                       # what the eye reads letters by
-    distance = ((ink[:, :, None] - ground[:, None]) @ luma).abs()    # [n, candidates, 2]
-    best = distance.amin(2).argmax(1)
-    chosen = ink[torch.arange(n), best]
-    return [colour[:, :, None, None] for colour in (*ground.unbind(1), chosen)]
+    return torch.sin(draw(8, 16) * (x * angle.cos() + y * angle.sin()) + draw(0, 2 * torch.pi))
 
 
 def images(glyphs, labels, size, generator):
@@ -108,16 +85,20 @@ def images(glyphs, labels, size, generator):
     masks = glyphs[font, labels][:, None]                            # [n, 1, CANVAS, CANVAS]
     draw = partial(uniform, masks, generator)
     angles = draw(-30, 30).deg2rad()
-    scale = draw(0.7, 1.2)                                           # an H has 14 to 24 of 32 pixels
-    shift = draw(-0.2, 0.2, 2)
+    scale = draw(0.6, 1.1)                                           # an H has 12 to 22 of 32 pixels
+    shift = draw(-0.3, 0.3, 2)
     masks = warp(masks, angles, scale, shift, [2 * size] * 2)
     masks = F.avg_pool2d(masks, 2)                                   # smooth edges
 
-    first, second, ink = colours(n, generator)
-    ground = torch.lerp(first, second, textures(n, size, generator))
-    x = torch.lerp(ground, ink.expand_as(ground), masks)
-    grain = clouds(n, 3, size, generator) + torch.randn(x.shape, generator=generator)
-    x = x + draw(0.02, 0.08) * grain
+    # Ink is added, so that it stands out where the ground is light and where it is dark.
+    sign = torch.where(draw(0, 1) < 0.5, -1., 1.)                    # dark on light, or light on dark
+    ground = 0.5 - 0.2 * sign + draw(0, 0.1) * stripes(n, size, generator)
+    ground = ground + clouds(n, 1, {2: 0.04, 3: 0.04, 6: 0.02, 12: 0.013}, size, generator)
+    ground = ground + clouds(n, 3, {2: 0.08, 4: 0.08}, size, generator)
+    colour = 0.08 * torch.randn(n, 3, 1, 1, generator=generator)
+    ink = sign * draw(0.35, 0.6) + colour
+    grain = draw(0.02, 0.05) * torch.randn(n, 3, size, size, generator=generator)
+    x = ground + masks * ink + grain
     return (255 * x.clamp(0, 1)).round().byte().movedim(1, -1).numpy()
 
 
