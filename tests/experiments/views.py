@@ -1,0 +1,64 @@
+"""Every method on letters that pixels do not tell apart, with crops and with poses as views: README's table.
+
+    python tests/experiments/glyphs.py --out glyphs.npz
+    python tests/experiments/views.py --epochs 20                       # goes on where it stopped
+
+Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/views.
+"""
+import argparse
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from batch_sizes import run
+
+METHODS = {  # name in the table: script, its options
+    "VICReg": ("vicreg.py", []),
+    "SimCLR": ("ba_ssl.py", ["--no-fusion"]),
+    "IConE": ("icone.py", []),
+    "FALCON": ("falcon.py", [])}
+VIEWS = ["crops", "poses"]
+COLUMNS = ["k-NN", "linear"]
+
+
+def spread(probes):
+    """One {column: accuracy} a seed -> the cells "mean ± std" of a row."""
+    columns = ([probe[column] for probe in probes] for column in COLUMNS)
+    cells = (f"{statistics.mean(column):.3f} ± {statistics.stdev(column):.3f}" for column in columns)
+    return " | ".join(cells)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--epochs", default="20", help="of every run")
+    parser.add_argument("--data", type=Path, default=Path("glyphs.npz"), help="colour images with labels")
+    parser.add_argument("--seeds", type=int, default=3, help="at least 2")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--device", default="cpu", help="of every run")
+    parser.add_argument("--out", type=Path, default=Path("runs", "views"))
+    args = parser.parse_args()
+
+    common = ["--data", str(args.data), "--epochs", args.epochs, "--device", args.device]
+    jobs = {}
+    for seed in range(args.seeds):                                       # whole tables first, then their spread
+        for name, (script, options) in METHODS.items():
+            for views in VIEWS:
+                folder = args.out / f"{name} {views} {args.epochs} {seed}"
+                own = ["--views", views, "--seed", str(seed), *options]
+                jobs[name, views, seed] = folder.resolve(), script, [*common, *own]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        reports = pool.map(lambda job: run(*job), jobs.values())
+        probes = {job: report["probes"] for job, report in zip(jobs, reports)}
+
+    print(f"| method | views | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
+    for row in ("raw pixels", "random encoder"):                         # are the same in all methods
+        own = [probes["VICReg", "crops", seed][row] for seed in range(args.seeds)]
+        print(f"| {row} | | {spread(own)} |")
+    for name in METHODS:
+        for views in VIEWS:
+            own = [probes[name, views, seed]["trained encoder"] for seed in range(args.seeds)]
+            print(f"| {name} | {views} | {spread(own)} |")
+
+
+if __name__ == "__main__":
+    main()
