@@ -153,9 +153,12 @@ ENDINGS = set(".jpg .jpeg .png .bmp .gif .tif .tiff .webp".split())
 
 
 def find_files(folder):
-    """Image files below the folder, sorted; links are followed. Where there are none, .npy volumes."""
-    files = [Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
-    files = sorted(file for file in files if not file.name.startswith("."))
+    """Image files below the folder, sorted; links are followed, hidden ones are not. Else .npy volumes."""
+    files = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    files.sort()
     images = [file for file in files if file.suffix.lower() in ENDINGS]
     return images or [file for file in files if file.suffix == ".npy"]
 
