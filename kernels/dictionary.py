@@ -17,13 +17,13 @@ fp32.
 Accumulation is fp32, also inside autocast; float64 stays float64.
 """
 import math
-import os
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .launch import check_temperature, on_device, opaque, pick, programs, refuse_double_backward, tl, triton
+from .launch import (INTERPRETED, check_temperature, on_device, opaque, pick, programs, refuse_double_backward,
+                     tl, triton)
 
 
 # ---- Reference: the specification --------------------------------------------------------------------------
@@ -509,7 +509,7 @@ if triton is not None:
         at = (slab.to(tl.int64) * rows + row)[:, None] * f + cols
         tl.store(out + at, acc, mask=(row[:, None] < rows) & (cols < f))
 
-    BF16 = os.environ.get("TRITON_INTERPRET") != "1"
+    BF16 = not INTERPRETED
     # The largest tiles found that spill no registers; static, so that results do not depend on a search.
     ONE_VIEW = dict(ROWS=128, CODES=64, STEP=64, BF16=BF16, num_warps=8, num_stages=2)
     TWO_VIEWS = dict(ROWS=64, CODES=64, STEP=64, BF16=BF16, num_warps=8, num_stages=2)
