@@ -22,8 +22,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .launch import (INTERPRETED, check_temperature, on_device, opaque, pick, programs, refuse_double_backward,
-                     tl, triton)
+from .launch import (INTERPRETED, check_temperature, on_device, opaque, pick, programs,
+                     refuse_double_backward, tl, triton)
 
 
 # ---- Reference: the specification --------------------------------------------------------------------------

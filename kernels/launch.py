@@ -68,8 +68,8 @@ def pick(impl, tensors, worthwhile=True):
                          "and takes at most fp32)")
     device = tensors[0].device
     if impl == "triton" and device.type == "cpu" and not INTERPRETED:
-        raise ValueError("impl='triton' takes CUDA tensors; those of a CPU only if TRITON_INTERPRET=1 was set "
-                         "before import")
+        raise ValueError("impl='triton' takes CUDA tensors; those of a CPU only if TRITON_INTERPRET=1 was "
+                         "set before import")
     if impl != "auto":
         return impl
     if device.type != "cuda" or triton is None or wide or not worthwhile:
