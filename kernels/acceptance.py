@@ -360,7 +360,7 @@ def figures(kernel, size, device, quick):
 
 
 # ---- Processes ---------------------------------------------------------------------------------------------
-GROUP_LIMIT, LIMIT = 240, 570                          # seconds for one group, for all
+GROUP_LIMIT, LIMIT = 300, 570                          # seconds for one group, for all
 
 
 def reason(problem):
