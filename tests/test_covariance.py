@@ -76,12 +76,13 @@ def dominated(n, d, columns, factor, seed):
     return z
 
 
-def check_dominated(shape, columns, factor, seed, impl, device):
+def check_dominated(shape, columns, factor, seed, impls, device):
     z = dominated(*shape, columns, factor, seed).to(device)
     truth = run(variance_covariance, z.double(), side="covariance")
-    got = run(variance_covariance, z, side="gram", impl=impl)
-    worst = max(errors(got[1:], truth[1:]))           # covariance, gradient
-    assert worst < 1e-3, (shape, columns, factor, seed)
+    for impl in impls:
+        got = run(variance_covariance, z, side="gram", impl=impl)
+        worst = max(errors(got[1:], truth[1:]))       # covariance, gradient
+        assert worst < 1e-3, (shape, columns, factor, seed, impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -90,17 +91,21 @@ def check_dominated(shape, columns, factor, seed, impl, device):
 @pytest.mark.parametrize("shape", [(64, 512), (100, 530)])
 def test_dominating_columns_leave_value_and_gradient_right(shape, columns, factor, impl, device, nan_poisoned):
     for seed in range(3):
-        check_dominated(shape, columns, factor, seed, impl, device)
+        check_dominated(shape, columns, factor, seed, [impl], device)
+
+
+CASES = [(1, 1e3), (1, 1e4), (1, 1e6), (3, 1e3), (3, 1e4), (3, 1e6)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("factor", [1e3, 1e4, 1e6])
-@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("case", range(6))
 @pytest.mark.parametrize("shape", [(64, 512), (64, 2048), (64, 8192), (128, 512), (128, 2048), (256, 512), (256, 8192)])
-def test_dominating_columns_at_twenty_seeds(shape, columns, factor, impl, device):
+def test_dominating_columns_at_twenty_seeds(shape, case, device):
+    """Where the interpreter takes seconds a seed, the 20 seeds are dealt to the six cases."""
+    quick = device == "cuda" or shape[0] * shape[1] <= 2 ** 16
     for seed in range(20):
-        check_dominated(shape, columns, factor, seed, impl, device)
+        impls = IMPLS if quick or seed % 6 == case else ["torch"]
+        check_dominated(shape, *CASES[case], seed, impls, device)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
