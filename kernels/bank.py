@@ -550,7 +550,7 @@ def bank_repulsion(q, bank, exclude=None, impl="auto"):
 
 
 # ---- Top-k -------------------------------------------------------------------------------------------------
-TOPK_CHUNK = 2 ** 22                                   # numbers at a time, 16 MB of fp32: fewer merges than 1 MB
+TOPK_CHUNK = 2 ** 22                                   # numbers at a time, 16 MB of fp32: few merges
 
 
 @torch.no_grad()
