@@ -550,6 +550,9 @@ def bank_repulsion(q, bank, exclude=None, impl="auto"):
 
 
 # ---- Top-k -------------------------------------------------------------------------------------------------
+TOPK_CHUNK = 2 ** 22                                   # numbers at a time, 16 MB of fp32: few merges
+
+
 @torch.no_grad()
 def bank_topk(q, bank, k):
     """The k largest dot products of each query, descending, and their rows: [B, k], int64 [B, k]. Exact, in
@@ -561,7 +564,7 @@ def bank_topk(q, bank, k):
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} must lie between 1 and the bank's {len(bank)} rows")
     work = torch.promote_types(torch.promote_types(q.dtype, bank.dtype), torch.float32)
-    size = min(_chunk_rows(q), len(bank))
+    size = min(max(_chunk_rows(q), TOPK_CHUNK // len(q)), len(bank))
     best = rows = None
     with torch.autocast(q.device.type, enabled=False):
         q = q.to(work)
@@ -569,10 +572,11 @@ def bank_topk(q, bank, k):
         for first, part in _chunks(q, bank, size):
             s = torch.mm(q, part.T, out=buffer[:len(q) * len(part)].view(len(q), len(part)))
             values, columns = s.topk(min(k, len(part)), dim=1)
-            columns += first
-            if best is not None:
-                values = torch.cat([best, values], dim=1)
-                columns = torch.cat([rows, columns], dim=1)
+            if best is None:
+                best, rows = values, columns
+                continue
+            values = torch.cat([best, values], dim=1)
+            columns = torch.cat([rows, columns + first], dim=1)
             best, order = values.topk(min(k, values.shape[1]), dim=1)
             rows = columns.gather(1, order)
     return best, rows

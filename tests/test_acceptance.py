@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels import acceptance
 from kernels.launch import triton
@@ -81,3 +83,31 @@ def test_every_check_has_a_bar_and_every_size_a_case():
     for device in ("cuda", "cpu"):
         for group, bars in acceptance.groups(device, quick=False).items():
             assert bars, group
+
+
+def broken(form):
+    def refuse(*inputs):
+        raise torch.OutOfMemoryError("64 GiB")
+    return {"breaks": refuse, "wrong": lambda z: 2 * form(z)}
+
+
+@pytest.mark.parametrize("how", ["breaks", "wrong"])
+@pytest.mark.parametrize("form", ["textbook", "facebookresearch", "torch"])
+def test_a_form_that_breaks_or_is_wrong_is_named_and_the_others_are_timed(form, how, monkeypatch):
+    case = acceptance.case_of("covariance", (8, 20), "cpu")
+    if (form, how) == ("textbook", "wrong"):
+        pytest.skip("it is what the others are held to")
+    forms = {**case.forms, form: broken(case.forms[form])[how]}
+    monkeypatch.setattr(acceptance, "case_of", lambda *arguments: case._replace(forms=forms))
+    answer = partial(acceptance.figures, "covariance", (8, 20), "cpu", True)
+    if form == "torch":
+        with pytest.raises(AssertionError, match="torch: .*64 GiB" if how == "breaks" else "disagrees with float64"):
+            list(answer())
+        return
+    found = dict(answer())
+    assert isinstance(found["times"][form], str)
+    assert found["covariance 8x20 of the fastest"] > 0
+    if form == "textbook":
+        assert acceptance.outcome(found["covariance 8x20 faster"]) == ("not here", "textbook: OutOfMemoryError: 64 GiB")
+    else:
+        assert found["covariance 8x20 faster"] > 0
