@@ -40,10 +40,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")          # so that other program
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -54,6 +52,9 @@ from einops import rearrange
 
 from kernels import (bank_cross_entropy, bank_logsumexp, collapse_panel, dictionary_loss, knn_accuracy,
                      variance_covariance, verdict)
+from kernels.images import Data, encode, fixed_order, limited, pixels, read_images, some
+from kernels.pictures import plot_curves, plot_embedding, plot_neighbours, plot_views
+from kernels.views import cropped_view, posed_view, two_views, uniform, warp
 
 
 # ==== The method ============================================================================================
@@ -261,88 +262,38 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Compact ResNet, 3x3 stem, no max-pool: [N, C, H, W] or [N, C, D, H, W] -> h [N, 8 width]."""
+    """Compact ResNet: [N, C, H, W] or [N, C, D, H, W] -> h [N, 8 width].
 
-    def __init__(self, channels, axes, width=16, depth=1):
+    Its stem keeps the canvas; with large=True it divides it by 4, as ResNet's: 7x7 with stride 2, max-pool.
+    """
+
+    def __init__(self, channels, axes, width=16, depth=1, large=False):
         super().__init__()
-        self.config = dict(channels=channels, axes=axes, width=width, depth=depth)
+        self.config = dict(channels=channels, axes=axes, width=width, depth=depth, large=large)
         self.features = 8 * width
         conv = nn.Conv2d if axes == 2 else nn.Conv3d
-        self.stem = nn.Sequential(conv_norm(conv, channels, width, 3), nn.ReLU())
+        kernel, stride = (7, 2) if large else (3, 1)
+        self.stem = nn.Sequential(conv_norm(conv, channels, width, kernel, stride), nn.ReLU())
+        if large:
+            self.stem.append(nn.MaxPool2d(3, 2, 1) if axes == 2 else nn.MaxPool3d(3, 2, 1))
         self.stages = nn.Sequential()
         for _ in range(3):
             for stride in [2] + [1] * (depth - 1):                   # 2 halves the canvas, doubles the width
                 self.stages.append(Block(conv, width, stride * width, stride))
                 width = stride * width
-        self.to(memory_format=torch.channels_last if axes == 2 else torch.channels_last_3d)
+        if self.features >= 128:                                     # fewer channels crash oneDNN 3.x: the
+            layout = torch.channels_last if axes == 2 else torch.channels_last_3d        # 1x1 skips' gradient
+            self.to(memory_format=layout)
 
     def forward(self, x):
-        return self.stages(self.stem(x)).flatten(2).mean(2)          # from [N, 8 width, *S/8, rounded up]
+        return self.stages(self.stem(x)).flatten(2).mean(2)          # of [N, 8 width, *S/8 or *S/32]
 
 
 # ---- Data and augmentation ---------------------------------------------------------------------------------
-Data = namedtuple("Data", "images labels test_images test_labels")   # [N, C, *S] float32; [N] int64 or None
-
-
 def die(message):
     """How a user's mistake ends: one line, whatever the message quotes, and exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
-
-
-def uniform(x, generator, low, high, size=1):
-    """Random numbers for each sample of x [N, C, *S], which broadcast over it: [N, size, 1, ...]."""
-    shape = len(x), size, *[1] * (x.ndim - 2)
-    return torch.empty(shape, device=x.device).uniform_(low, high, generator=generator)
-
-
-def warp(x, angles, scale, shift, sides):
-    """Rotate, scale about the centre, then shift each of x [N, C, *S], images or volumes; one resampling.
-
-    angles [N, 1], in 3-D rotation vectors [N, 3], radians; scale [N]; shift [N, axes], half canvases; all may
-    have more axes of length 1 -> [N, C, *sides], 0 outside.
-    """
-    # affine_grid wants for each place of the result the place of x that it comes from: the inverse of the
-    # pose, in half canvases, last axis first.
-    axes = x.ndim - 2
-    i, j = torch.triu_indices(axes, axes, 1, device=x.device)        # the planes of rotation
-    skew = x.new_zeros(len(x), axes, axes)
-    skew[:, i, j] = angles.flatten(1)
-    inverse = torch.linalg.matrix_exp(skew - skew.mT) / scale.view(-1, 1, 1)
-    length = x.new_tensor(sides[::-1])
-    inverse = inverse * length / length[:, None]                     # pixels stay square on other canvases
-    offset = -inverse @ shift.view(-1, axes, 1)
-    theta = torch.cat([inverse, offset], 2)                          # [N, axes, axes + 1]
-    grid = F.affine_grid(theta, [len(x), x.shape[1], *sides], align_corners=False)
-    return F.grid_sample(x, grid, align_corners=False)
-
-
-def random_view(x, generator):
-    """One random view of each of x [N, C, *S], of the same shape. THIS IS THE FUNCTION TO REPLACE for images
-    that want other views: all randomness comes from the generator, so that a run can be repeated."""
-    draw = partial(uniform, x, generator)
-    axes = x.ndim - 2
-    angles = draw(-0.45, 0.45, axes * (axes - 1) // 2)               # 26 degrees either way
-    scale = draw(-0.4, 0.4).exp()                                    # 0.67 to 1.49
-    shift = draw(-0.25, 0.25, axes)
-    x = warp(x, angles, scale, shift, x.shape[2:])
-
-    if x.shape[1] == 3:
-        x = x * draw(0.7, 1.3, 3)                                    # colour cast
-        gray = x.mean(1, keepdim=True)
-        keep_colour = draw(0, 1) >= 0.2
-        x = torch.lerp(gray, x, keep_colour * draw(0.6, 1.4))        # saturation
-        x = torch.where(draw(0, 1) < 0.5, x.flip(-1), x)
-
-    contrast = draw(0.6, 1.4)
-    brightness = draw(-0.2, 0.2)
-    noise_level = draw(0, 0.1)
-    noise = torch.empty_like(x).normal_(generator=generator)
-    return contrast * x + brightness + noise_level * noise
-
-
-def two_views(x, generator):
-    return random_view(x, generator), random_view(x, generator)
 
 
 def posed_digits(axes):
@@ -366,66 +317,25 @@ def posed_digits(axes):
     shift = draw(-move, move, axes)
     x = warp(x, angles, scale, shift, [side] * axes)
     x = x + 0.1 * torch.randn(x.shape, generator=generator)
-    return Data(x[:1437], y[:1437], x[1437:], y[1437:])
+    return Data(x[:1437], y[:1437], x[1437:], y[1437:], classes=digits.target_names)
 
 
-def read_split(path, arrays, split):
-    """Images [N, C, *S] float32 in [0, 1] and labels [N] of one split of an archive's arrays."""
-    x, y = arrays[f"{split}_images"], arrays.get(f"{split}_labels")
-    colour = x.ndim in (4, 5) and x.shape[-1] in (1, 3)              # channels stand last in this layout
-    if x.ndim - colour not in (3, 4) or min(x.shape[:-1]) < 4 or x.dtype.kind not in "uif":
-        die(f"{path}: {split}_images is {x.dtype} {[*x.shape]}, not [N, H, W(, 3)] or [N, D, H, W(, 3)]")
-    x = torch.from_numpy(x.astype(np.float32) / (255 if x.dtype == np.uint8 else 1))
-    x = x.movedim(-1, 1) if colour else x[:, None]                   # [N, C, *S]
-    if not (x.min() >= 0 and x.max() <= 1):                          # NaN fails both
-        die(f"{path}: {split}_images holds NaN or values outside [0, 1] (uint8: 0 to 255): clean it first")
-
-    if y is None or y.size != len(x) or y.dtype.kind not in "ui" or y.min() < 0:
-        y = np.zeros(len(x))                                         # one class: load_data says so
-    return x, torch.from_numpy(y.ravel().astype(np.int64))
-
-
-def read_npz(path):
-    """MedMNIST's layout: train_images [N, *S] or [N, *S, 3], uint8 or in [0, 1]; without test_images
-    a fifth is held out."""
-    keys = "train_images train_labels test_images test_labels".split()
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in keys if key in archive}
-    except Exception as error:                                       # a bad archive raises any of seven kinds
-        die(f"{path} cannot be read as .npz ({error}): check the path, or fetch the file again")
-    if "train_images" not in arrays:
-        die(f"{path} has no train_images: the keys are {', '.join(keys)}, all but the first optional")
-
-    x, y = read_split(path, arrays, "train")
-    if "test_images" not in arrays:
-        train, test = train_test_split(range(len(x)), test_size=0.2, random_state=0)
-        return Data(x[train], y[train], x[test], y[test])
-    x_test, y_test = read_split(path, arrays, "test")
-    if x_test.shape[1:] != x.shape[1:]:
-        die(f"{path}: images of {[*x.shape[1:]]} for training, {[*x_test.shape[1:]]} for testing")
-    return Data(x, y, x_test, y_test)
-
-
-def load_data(name):
-    """digits, digits3d or a .npz file; where there are no two classes, labels become None."""
+def load_data(name, size=64, channels_last=False, views="auto"):
+    """The digits, or what read_images finds in a file or folder; with the views that suit it."""
     if name in ("digits", "digits3d"):
-        data = posed_digits(3 if name == "digits3d" else 2)
+        data = posed_digits(2 if name == "digits" else 3)
     else:
-        data = read_npz(name)
-    if len(data.labels.unique()) < 2 or len(data.test_labels.unique()) < 2:
-        print(f"{name} has no class labels (whole numbers, two classes) for training and test: no probes")
-        data = data._replace(labels=None, test_labels=None)
-    return data
+        try:
+            data = read_images(name, size, channels_last)
+        except (OSError, ValueError) as error:
+            die(str(error))
+    photographs = data.images.shape[1] == 3 and len(data.images.shape) == 4
+    if views == "crops" and not photographs:
+        die(f"--views crops: {name} holds no 2-D images of three channels; use poses")
+    return data._replace(view=cropped_view if photographs and views != "poses" else posed_view)
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
-@torch.no_grad()
-def encode(function, images):
-    """function(images), 256 at a time."""
-    return torch.cat([function(batch) for batch in images.split(256)])
-
-
 def learning_rate(step, steps, peak):
     """What to multiply --lr with: a linear rise to the peak in the first tenth, then half a cosine to 0."""
     warmup = max(1, steps // 10)
@@ -443,7 +353,9 @@ def train(model, optimizer, data, args, folder, state, meters=None):
     eval mode) -> {name: number}, put into the epoch's line as "meters" if given.
     """
     images = data.images
-    device = images.device
+    device = next(model.parameters()).device
+    few = limited(data)
+    test_rows = some(len(data.test_images), 256)
     step_size = args.batch * args.accumulate
     steps = len(images) // step_size                                 # in an epoch; the rest is dropped
     total = args.epochs * steps
@@ -482,7 +394,8 @@ def train(model, optimizer, data, args, folder, state, meters=None):
             for batches in order.view(steps, args.accumulate, args.batch):
                 optimizer.zero_grad()
                 for index in batches:                                # the numbers of `batch` images
-                    views = two_views(images[index], generator)
+                    x = pixels(images, index.cpu(), device)
+                    views = two_views(x, generator, data.view)
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
                         terms, notes = model(*views, index)
                     loss = sum(terms.values())
@@ -501,83 +414,71 @@ def train(model, optimizer, data, args, folder, state, meters=None):
             model.eval()
             if meters:
                 line["meters"] = meters(model)
+            with torch.no_grad():
+                z = model.projector(encode(model.encoder, data.test_images, test_rows, device))
+            line["RankMe"] = collapse_panel(z)["RankMe"]
             if data.labels is not None and epoch % max(1, args.epochs // 8) == 0:      # some eight times
-                h = encode(model.encoder, images)
-                h_test = encode(model.encoder, data.test_images)
-                line["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
+                h = encode(model.encoder, few.images, device=device)
+                h_test = encode(model.encoder, few.test_images, device=device)
+                line["knn"] = knn_accuracy(h, few.labels, h_test, few.test_labels)
             history.append({"epoch": epoch, **line})
             checkpoint()
     return history
 
 
 # ---- Report ------------------------------------------------------------------------------------------------
-Findings = namedtuple("Findings", "h h_test probe panels")           # features [N, E]; what probe() gives
+# Features [n, E] of training and test images on the CPU, what probe() gives, panels by name.
+Findings = namedtuple("Findings", "h h_test probe panels")
 
 
-def fixed_order(n):
-    """Row numbers 0 to n - 1 in random order, the same one in every run."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+def small_pixels(x):
+    """Images [n, C, *S] -> [n, numbers], on canvases of 32 x 32 or 16 x 16 x 16 at most."""
+    most = 32 if x.ndim == 4 else 16
+    sides = [min(side, most) for side in x.shape[2:]]
+    return F.interpolate(x, sides, mode="area").flatten(1)
 
 
 def probe(data, h, h_test):
-    """k-NN and linear accuracy; linear: logistic regression on up to 10,000 standardised features."""
+    """k-NN and linear accuracy; linear: logistic regression on standardised features."""
     if data.labels is None:
         return {}
-    rows = fixed_order(len(h))[:10_000]
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    linear.fit(h[rows], data.labels[rows])
+    linear.fit(h, data.labels)
     return {"k-NN": knn_accuracy(h, data.labels, h_test, data.test_labels),
             "linear": linear.score(h_test, data.test_labels)}
 
 
 @torch.no_grad()
 def examine(model, data):
-    """Features of all images, their probe, and the collapse panels of h and z on up to 2,000 test images."""
+    """What limited() data show: features, their probe, the panels of h and z on up to 2,000 test images."""
     model.eval()
-    h = encode(model.encoder, data.images).cpu()
-    h_test = encode(model.encoder, data.test_images)
-    rows = fixed_order(len(h_test))[:2000]
-    views = two_views(data.test_images[rows], torch.Generator(h_test.device).manual_seed(0))
-    three_h = [h_test[rows]] + [encode(model.encoder, view) for view in views]
-    three_z = [encode(model.projector, features) for features in three_h]
+    device = next(model.parameters()).device
+    data = limited(data)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def encode_views(x):
+        return torch.stack([model.encoder(view) for view in two_views(x, generator, data.view)])
+
+    h = encode(model.encoder, data.images, device=device).cpu()
+    h_test = encode(model.encoder, data.test_images, device=device)
+    rows = some(len(h_test), 2000)
+    three_h = h_test[rows], *encode(encode_views, data.test_images, rows, device, axis=1)
+    three_z = [model.projector(features) for features in three_h]
     panels = {"encoder h": collapse_panel(*three_h), "projector z": collapse_panel(*three_z)}
     h_test = h_test.cpu()
     return Findings(h, h_test, probe(data, h, h_test), panels)
 
 
-def plot_curves(history, probes, folder):
-    """curves.png: the loss terms and the probe over epochs."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [line["epoch"] for line in history]
-    names = [name for name in history[0] if name not in ("epoch", "loss", "knn", "meters")]
-    left.plot(epochs, [[line[name] for name in names] for line in history], label=names)
-    left.set_yscale("asinh", linear_width=0.1)                       # logarithmic, but for terms that cross 0
-    left.set(xlabel="epoch", ylabel="mean over the epoch")
-
-    knn = [line.get("knn", math.nan) for line in history]
-    right.plot(epochs, knn, "o", label="trained encoder")
-    for name, colour in ("raw pixels", "C1"), ("random encoder", "C2"):
-        right.axhline(probes[name].get("k-NN", math.nan), color=colour, label=name)
-    right.set(xlabel="epoch", ylabel="k-NN accuracy on test features", ylim=(0, 1))
-    left.legend()
-    right.legend()
-    figure.savefig(folder / "curves.png")
-
-
-def plot_embedding(h_test, labels, folder):
-    """embedding.png: up to 1,000 test features in 2-D, by class."""
-    rows = fixed_order(len(h_test))[:1000]
-    tsne = TSNE(perplexity=min(30, len(rows) / 4), random_state=0)
-    places = tsne.fit_transform(h_test[rows])                        # [n, 2]
-    figure = Figure(figsize=(6, 5.2))
-    axis = figure.subplots()
-    points = axis.scatter(*places.T, s=6, c=None if labels is None else labels[rows])
-    if labels is not None:
-        points.set_cmap("tab10")
-        figure.colorbar(points, label="class")
-    axis.set(xticks=[], yticks=[], title="t-SNE of the encoder's test features")
-    figure.savefig(folder / "embedding.png")
+def begin(model, data, folder):
+    """What every run starts with: a line on what is trained on what, views.png, the untrained findings."""
+    channels, *sides = data.images.shape[1:]
+    canvas = " x ".join(map(str, sides))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"data: {len(data.images):,} train and {len(data.test_images):,} test images, {channels} "
+          f"channel{'s' * (channels > 1)}, {canvas} ({len(sides)}-D), {len(data.classes) or 'no'} classes; "
+          f"{size:,} parameters on {next(model.parameters()).device}; {folder}")
+    plot_views(data, folder)
+    return examine(model, data)
 
 
 def print_table(rows):
@@ -589,27 +490,35 @@ def print_table(rows):
 
 
 def report(model, data, untrained, history, folder, **more_probes):
-    """How every run ends: probes, panels, a verdict; report.json, encoder.pt, features.npz and pictures."""
+    """How every run ends: probes, panels, a verdict; report.json, encoder.pt, pictures and features.npz."""
     trained = examine(model, data)
-    pixels = probe(data, data.images.flatten(1).cpu(), data.test_images.flatten(1).cpu())
-    probes = {"raw pixels": pixels, "random encoder": untrained.probe, "trained encoder": trained.probe}
-    probes.update(more_probes)
+    few = limited(data)
+    pixel_rows = [encode(small_pixels, images) for images in (few.images, few.test_images)]
+    probes = {"raw pixels": probe(few, *pixel_rows)}
+    probes.update({"random encoder": untrained.probe, "trained encoder": trained.probe, **more_probes})
     panels = {"untrained z": untrained.panels["projector z"], **trained.panels}
     sentence = verdict(panels["projector z"], panels["untrained z"])
     text = json.dumps({"probes": probes, "panels": panels, "verdict": sentence}, indent=1)
     (folder / "report.json").write_text(text)
-
     encoder = {"config": getattr(model.encoder, "config", {}), "state_dict": model.encoder.state_dict()}
     torch.save(encoder, folder / "encoder.pt")                       # Encoder(**config) makes it anew
-    labels = {}
+
     if data.labels is not None:
-        labels = {"train_labels": data.labels, "test_labels": data.test_labels}
         print_table(probes)
-    np.savez(folder / "features.npz", train_features=trained.h, test_features=trained.h_test, **labels)
+        if pixel_rows[0].shape[1] < data.images[:1].numel():
+            print("raw pixels: of images shrunk to 32 x 32 or 16 x 16 x 16")
     print_table(panels)
     print(f"\n{sentence}")
     plot_curves(history, probes, folder)
-    plot_embedding(trained.h_test, data.test_labels, folder)
+    plot_neighbours(few, trained.h, trained.h_test, folder)
+    plot_embedding(few, trained.h_test, folder)
+
+    device = next(model.parameters()).device
+    arrays = {"train_features": encode(model.encoder, data.images, device=device).cpu(),
+              "test_features": encode(model.encoder, data.test_images, device=device).cpu()}
+    if data.labels is not None:
+        arrays.update(train_labels=data.labels, test_labels=data.test_labels, classes=data.classes)
+    np.savez(folder / "features.npz", **arrays)
     print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
@@ -633,9 +542,16 @@ def options(batch, epochs, lr, least_batch=1):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = die
+    parser.set_defaults(encoder=None)                                # its config, once it is made
     add = parser.add_argument
     count = bounded(int, 1)
-    add("--data", default="digits", help="digits, digits3d, or a .npz file in MedMNIST's layout")
+    add("--data", default="digits",
+        help="digits, digits3d, a .npz file in MedMNIST's layout, or a folder: of image files (in class "
+        "subfolders or not, in train/ with test/ or val/ or not), of .npy volumes, or of train_images.npy")
+    add("--size", type=bounded(int, 4), default=64, help="canvas of images from a folder, N x N")
+    add("--channels-last", action="store_true", help="arrays [N, H, W, C] are images of C bands, not volumes")
+    add("--views", default="auto", choices=["auto", "crops", "poses"],
+        help="what training shows: crops and colours, as of photographs, or poses; auto: crops for RGB")
     add("--batch", type=bounded(int, least_batch), default=batch,
         help="images at a time; what is left over after the last step is dropped")
     add("--epochs", type=count, default=epochs, help="passes over the training images")
@@ -649,6 +565,7 @@ def options(batch, epochs, lr, least_batch=1):
     add("--amp", default="off", choices=["off", "bf16"], help="mixed precision; losses stay fp32")
     add("--compile", action="store_true", help="torch.compile the model; the first step takes a minute")
     add("--out", help="run folder, new or empty; if not given runs/SCRIPT-1, -2, ...")
+    add("--init", help="a run's folder or encoder.pt: start from its encoder, of its width and depth")
     add("--resume", help="folder of a run to continue, with its own options")
     return parser
 
@@ -671,17 +588,40 @@ def parse(parser):
 
 
 def data_for(args):
-    """The data, images on the device; ends the program if this run cannot take them."""
-    data = load_data(args.data)
+    """The data; ends the program if this run cannot take them."""
+    try:
+        torch.zeros(1, device=args.device)
+    except Exception as error:                                       # no such device
+        die(f"cannot use --device {args.device} ({str(error).splitlines()[0]}): try --device cpu")
+    data = load_data(args.data, args.size, args.channels_last, args.views)
     if len(data.images) < max(2, args.batch * args.accumulate) or len(data.test_images) < 4:
         die(f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images: --batch "
             f"{args.batch} x {args.accumulate} needs as many training images, 2 at least, and 4 test images")
-    if args.amp != "off" and "cpu" in args.device and data.images.ndim == 5:
+    if args.amp != "off" and "cpu" in args.device and len(data.images.shape) == 5:
         die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
-    try:
-        return data._replace(images=data.images.to(args.device), test_images=data.test_images.to(args.device))
-    except Exception as error:                                       # no such device, or too small a one
-        die(f"cannot use --device {args.device} ({str(error).splitlines()[0]}): try --device cpu")
+    return data
+
+
+def encoder_for(args, data):
+    """An Encoder for these images, new or that of --init; ends the program if it does not fit them."""
+    if args.encoder:                                                 # a resumed run: its weights come later
+        return Encoder(**args.encoder)
+    channels, *sides = data.images.shape[1:]
+    wanted = dict(channels=channels, axes=len(sides))
+    if args.init:
+        path = Path(args.init)
+        try:
+            saved = torch.load(path / "encoder.pt" if path.is_dir() else path, weights_only=True)
+            encoder = Encoder(**saved["config"])
+            encoder.load_state_dict(saved["state_dict"])
+        except Exception as error:                                   # missing, cut short, another network's
+            die(f"--init {path} has no encoder.pt of these scripts ({error}): give a finished run's folder")
+        if not wanted.items() <= encoder.config.items():
+            die(f"--init {path}: its encoder is {encoder.config}, but {args.data} has {wanted}")
+    else:
+        encoder = Encoder(**wanted, width=args.width, depth=args.depth, large=min(sides) >= 96)
+    args.encoder = encoder.config
+    return encoder
 
 
 def open_folder(args, state):
@@ -696,7 +636,8 @@ def open_folder(args, state):
     folder = Path(args.out or free)
     try:
         folder.mkdir(parents=True, exist_ok=bool(args.out))
-        if not state and any(folder.iterdir()):
+        there = {file.name for file in folder.iterdir()}
+        if not state and there - {"config.json", "views.png"}:       # these alone: its start was cut short
             die(f"{folder} is not empty: choose another --out, or continue with --resume {folder}")
         (folder / "config.json").write_text(json.dumps(vars(args), indent=1))
     except OSError as error:
@@ -745,7 +686,11 @@ def fused_features(model, images):
     size = model.fusion.batch
     order = fixed_order(count)                                       # sorted by class they would tell it
     filled = order[torch.arange(count + -count % size) % count]
-    h = [model.encoder(model.fuse(images[rows])) for rows in filled.split(size)]
+    device = next(model.parameters()).device
+    h = []
+    for rows in filled.split(size):
+        x = pixels(images, rows, device)
+        h.append(model.encoder(model.fuse(x)))
     return torch.cat(h)[order.argsort()].cpu()
 
 
@@ -783,10 +728,10 @@ def main():
     canvas = data.images.shape[2:]
     if not args.no_fusion and any(side % args.patch for side in canvas):
         die(f"--patch {args.patch} does not divide the canvas {[*canvas]}: choose another")
+    torch.manual_seed(args.seed)
+    encoder = encoder_for(args, data)
     folder = open_folder(args, state)
 
-    torch.manual_seed(args.seed)
-    encoder = Encoder(data.images.shape[1], data.images.ndim - 2, args.width, args.depth)
     fusion = None
     if not args.no_fusion:
         fusion = BatchFusion(args.batch, patch=args.patch, layers=args.layers, mixing=args.mixing,
@@ -806,15 +751,16 @@ def main():
         parts.append({"params": groups["table"], "lr": 10 * args.lr})
     optimizer = torch.optim.AdamW(parts, args.lr, weight_decay=0.05, fused=True)
 
-    untrained = examine(model, data)
+    untrained = begin(model, data, folder)
     shape = args.batch, *data.images.shape[1:]
     history = train(model, optimizer, data, args, folder, state, partial(noise_meters, shape=shape))
     more_probes = {}
     if fusion:
         model.eval()
         print(f"\ngate {fusion.gate.item():.3f}. {noise_verdict(model, shape)}")
-        h = fused_features(model, data.images)
-        more_probes["with the module"] = probe(data, h, fused_features(model, data.test_images))
+        few = limited(data)
+        h = fused_features(model, few.images)
+        more_probes["with the module"] = probe(few, h, fused_features(model, few.test_images))
     report(model, data, untrained, history, folder, **more_probes)
 
 

@@ -95,7 +95,7 @@ def kernels_here(device):
     return ["torch"]
 
 
-def covariance_case(n, d, device):
+def covariance_case(n, d, device, impls):
     def weighted(form):
         def loss(z):
             variance, covariance = form(z)
@@ -103,7 +103,7 @@ def covariance_case(n, d, device):
         return loss
     forms = {"textbook": weighted(variance_covariance_reference),
              "facebookresearch": weighted(facebookresearch_form)}
-    for impl in kernels_here(device):
+    for impl in impls:
         forms[impl] = weighted(partial(variance_covariance, impl=impl))
     generator = torch.Generator(device).manual_seed(0)
     z = torch.randn(n, d, device=device, generator=generator)
@@ -111,7 +111,7 @@ def covariance_case(n, d, device):
     return Case(f"{n}, {d}", (z,), (True,), forms, "facebookresearch", operations, 16 * n * d)
 
 
-def bank_cases(b, n, d, device):
+def bank_cases(b, n, d, device, impls):
     """Cross-entropy with the bank detached and trained, MoCo's loss, the repulsion of N / 10 rows, top-k."""
     generator = torch.Generator(device).manual_seed(0)
     def unit(rows):
@@ -138,7 +138,7 @@ def bank_cases(b, n, d, device):
     entropy = {"textbook": textbook}
     moco = {"facebookresearch/moco": moco_form}
     pairs = {"textbook": all_pairs_form}
-    for impl in kernels_here(device):
+    for impl in impls:
         entropy[impl] = partial(bank_cross_entropy, target=target, temperature=TEMPERATURE, impl=impl)
         moco[impl] = partial(moco_streamed, impl=impl)
         pairs[impl] = partial(repulsion, impl=impl)
@@ -154,7 +154,7 @@ def bank_cases(b, n, d, device):
     yield Case(f"{size} 5 nearest, no gradient", (q, bank), (False, False), topk, "textbook", product, rows)
 
 
-def dictionary_case(n, c, f, device):
+def dictionary_case(n, c, f, device, impls):
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, n, f, device=device, generator=generator)
     temperature = 4 * f / (n ** .5 * math.log(1e8))    # four times the derived one
@@ -170,20 +170,21 @@ def dictionary_case(n, c, f, device):
         return sum(dictionary_loss(h1, h2, c, 0, temperature, impl=impl))
 
     forms = {"textbook": textbook, "emsansone/CPLearn": released}
-    for impl in kernels_here(device):
+    for impl in impls:
         forms[impl] = partial(streamed, impl=impl)
     views = a.tanh(), (a + .3 * b).tanh()
     return Case(f"{n}, {c}, {f}", views, (True, True), forms, "emsansone/CPLearn", 8 * n * c * f, c * f)
 
 
 def cases_of(kernel, sizes, device):
+    impls = kernels_here(device)
     for size in sizes:
         if kernel == "covariance":
-            yield covariance_case(*size, device)
+            yield covariance_case(*size, device, impls)
         elif kernel == "bank":
-            yield from bank_cases(*size, device)
+            yield from bank_cases(*size, device, impls)
         else:
-            yield dictionary_case(*size, device)
+            yield dictionary_case(*size, device, impls)
 
 
 # ---- Measuring ---------------------------------------------------------------------------------------------
@@ -198,12 +199,16 @@ def step(form, case, inputs=None):
 
 
 def seconds(call, device):
+    """Of one call; on a GPU between two of its own events, gaps between its kernels included."""
     if device == "cuda":
-        torch.cuda.synchronize()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3          # from milliseconds
     start = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -262,7 +267,8 @@ def errors(form, case, truth):
 
 
 def check(case):
-    """Losses and gradients of every form against float64; also the warm-up."""
+    """Losses and gradients of every form against float64: a line for each that is wrong. Also the
+    warm-up."""
     specification = next(iter(case.forms.values()))
     truth = step(specification, case, [x.double() for x in case.inputs])
     references = errors(specification, case, truth)
@@ -270,14 +276,12 @@ def check(case):
         for error, reference in zip(errors(form, case, truth), references):
             bar = 1e-3 if name == case.peer else min(max(4 * reference, 1e-6), 1e-3)
             if not error <= bar:
-                print(f"{name} disagrees with float64 at {case.label}: error {error:.1e}, the fp32 "
-                      f"textbook's is {reference:.1e}; not timed", file=sys.stderr)
-                sys.exit(2)
+                yield (f"{name} disagrees with float64 at {case.label}: error {error:.1e}, the fp32 "
+                       f"textbook's is {reference:.1e}; not timed")
 
 
 def measure(case, device, repeats):
     """{implementation: (median seconds, peak bytes)}, the implementations in turn."""
-    check(case)
     times = {name: [] for name in case.forms}
     for _ in range(repeats):
         for name, form in case.forms.items():
@@ -387,6 +391,10 @@ def main():
     for kernel in args.only:
         rows = tables[kernel] = []
         for case in cases_of(kernel, getattr(args, kernel) or SIZES[kernel], args.device):
+            wrong = list(check(case))
+            if wrong:
+                print(*wrong, sep="\n", file=sys.stderr)
+                sys.exit(2)
             result = measure(case, args.device, args.repeats)
             least = max(case.operations / operations_rate, case.bytes / bytes_rate)
             show(case, result, least)

@@ -17,13 +17,13 @@ fp32.
 Accumulation is fp32, also inside autocast; float64 stays float64.
 """
 import math
-import os
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .launch import check_temperature, on_device, opaque, pick, programs, refuse_double_backward, tl, triton
+from .launch import (INTERPRETED, check_temperature, on_device, opaque, pick, programs,
+                     refuse_double_backward, tl, triton)
 
 
 # ---- Reference: the specification --------------------------------------------------------------------------
@@ -93,9 +93,13 @@ def dictionary_signs(codes, f, seed, dtype=torch.float32, device="cpu"):
     return signs[:, :f]
 
 
+WIDE = 2 ** 20                                         # signs that are held as fp32, 4 MB: more as bytes
+
+
 @lru_cache(maxsize=2)
 def _held(codes, f, seed, device):
-    return dictionary_signs(codes, f, seed, torch.int8, device).contiguous()
+    dtype = torch.float32 if codes * f <= WIDE else torch.int8
+    return dictionary_signs(codes, f, seed, dtype, device).contiguous()
 
 
 # ---- Plain torch -------------------------------------------------------------------------------------------
@@ -144,6 +148,7 @@ def _forward_torch(h, codes, seed, reverse, keep):
         shifted = s - new[:, :, None] if keep else s.sub_(new[:, :, None])
         total = total * (top - new).exp2() + shifted.exp2_().sum(dim=2)
         top = new
+        del shifted, s                                 # else they last beside the next ones
     rest = total.log2()
 
     log_c = math.log2(codes)
@@ -160,7 +165,8 @@ def _forward_torch(h, codes, seed, reverse, keep):
         if not reverse:
             R -= (p * (high - mean).exp2()).sum(dim=2) / codes
         p *= high.exp2()
-        E += torch.linalg.vecdot(p, log.flip(0))
+        E[0] += torch.linalg.vecdot(p[0], log[1])
+        E[1] += torch.linalg.vecdot(p[1], log[0])
         if reverse:
             R += torch.linalg.vecdot(p, mean + log_c)
     return top, rest, m, E, R, kept
@@ -172,6 +178,8 @@ def _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, g_prior, 
     signs = _held(codes, f, seed, h.device)
     dh = torch.zeros_like(h)
     ln2, log_c = math.log(2), math.log2(codes)
+    of_row = g_cross * (ln2 * E + 1) - g_prior * (ln2 * R if reverse else R)
+    of_log = -ln2 * g_cross
     for block in _blocks(h, codes):
         rows = signs[block].to(h.dtype)
         if len(kept):
@@ -180,15 +188,15 @@ def _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, g_prior, 
             log = _logits_torch(h, rows).sub_(top[:, :, None]).sub_(rest[:, :, None])
         mean = m[:, None, block]
         p = log.exp2()
-        slope = (E[:, :, None] - log.flip(0)).mul_(ln2 * g_cross).add_(g_cross)
-        if reverse:
-            slope += g_prior * ln2 * (mean + log_c - R[:, :, None])
-        else:
-            slope -= g_prior * R[:, :, None]
-        slope.mul_(p).sub_(p.flip(0) * g_cross)
-        if not reverse:
-            slope -= (log - mean).exp2_() * (g_prior / codes)
-        dh.flatten(0, 1).addmm_(slope.flatten(0, 1), rows)
+        slope = torch.empty_like(p[0])
+        for view, other in ((0, 1), (1, 0)):           # one at a time: each array of both would cost memory
+            torch.addcmul(of_row[view, :, None], log[other], of_log, out=slope)
+            if reverse:
+                slope += g_prior * ln2 * (mean[view] + log_c)
+            slope.mul_(p[view]).addcmul_(p[other], g_cross, value=-1)
+            if not reverse:
+                slope -= (log[view] - mean[view]).exp2_() * (g_prior / codes)
+            dh[view].addmm_(slope, rows)
     return dh
 
 
@@ -509,7 +517,7 @@ if triton is not None:
         at = (slab.to(tl.int64) * rows + row)[:, None] * f + cols
         tl.store(out + at, acc, mask=(row[:, None] < rows) & (cols < f))
 
-    BF16 = os.environ.get("TRITON_INTERPRET") != "1"
+    BF16 = not INTERPRETED
     # The largest tiles found that spill no registers; static, so that results do not depend on a search.
     ONE_VIEW = dict(ROWS=128, CODES=64, STEP=64, BF16=BF16, num_warps=8, num_stages=2)
     TWO_VIEWS = dict(ROWS=64, CODES=64, STEP=64, BF16=BF16, num_warps=8, num_stages=2)
@@ -679,9 +687,9 @@ def dictionary_loss(h1, h2, codes, seed, temperature, prior="reverse", impl="aut
     Both terms are means over the two views; cross_entropy is -1/2 mean_i sum_j (a log b + b log a), no
     stop-gradient.
     Memory O(n f + c), and on a CPU the 2 n c logarithms up to 128 MB of them. The torch path holds the signs
-    beside it, c f bytes, and keeps the last two dictionaries. ValueError for shapes, dtypes, devices,
-    options; RuntimeError in a double backward. Source: Sansone et al., arXiv 2410.04959, and
-    emsansone/CPLearn.
+    beside it, c f bytes (in fp32 as long as they are no more than 4 MB), and keeps the last two dictionaries.
+    ValueError for shapes, dtypes, devices, options; RuntimeError in a double backward. Source: Sansone et
+    al., arXiv 2410.04959, and emsansone/CPLearn.
     """
     if h1.ndim != 2 or h1.shape != h2.shape or not h1.numel():
         raise ValueError(f"h1 {list(h1.shape)} and h2 {list(h2.shape)} must both be [n, f], not empty")

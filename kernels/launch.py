@@ -1,6 +1,7 @@
 """What the kernel files share: whether Triton can be used, on which device, with how many programs, under
 torch.compile."""
 import functools
+import os
 import warnings
 from contextlib import nullcontext
 
@@ -13,6 +14,7 @@ except ImportError:                                    # no wheel here: all but 
     triton = None
     tl = None
 
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"     # Triton read it just now
 OLDEST_TRITON = 3, 3                                   # 3.2 aborts the whole process on some of these kernels
 INTERPRETED_PROCESSORS = 132                           # without a GPU, work is split as for an H100
 
@@ -64,9 +66,12 @@ def pick(impl, tensors, worthwhile=True):
     if impl not in ("auto", "torch", "triton") or (impl == "triton" and (missing or wide)):
         raise ValueError(f"impl={impl!r}: auto, torch, or triton (needs the triton package, 3.3 or newer, "
                          "and takes at most fp32)")
+    device = tensors[0].device
+    if impl == "triton" and device.type == "cpu" and not INTERPRETED:
+        raise ValueError("impl='triton' takes CUDA tensors; those of a CPU only if TRITON_INTERPRET=1 was "
+                         "set before import")
     if impl != "auto":
         return impl
-    device = tensors[0].device
     if device.type != "cuda" or triton is None or wide or not worthwhile:
         return "torch"
     return "triton" if _compiles_now(device.index) else "torch"

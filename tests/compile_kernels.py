@@ -7,6 +7,8 @@ Not under TRITON_INTERPRET. A second argument is a part of the names of the kern
 For each kernel: shared memory, bytes spilled, registers, programs that a processor can hold, and, of its
 largest loop, how many instructions and matrix instructions it has. The loop is what lies between a label and
 the branch back to it that enclose most matrix instructions.
+
+Sizes and strides of 1 become constants when a kernel is started; these variants are compiled for EDGES only.
 """
 import json
 import os
@@ -25,9 +27,11 @@ from kernels import bank, covariance, dictionary  # noqa: E402
 
 TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_86", "sm_90", "sm_100")}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-REGISTERS = 65536                                      # of a processor
-SHARED = {
-    "sm_80": 163840, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 65536,
+EDGES = "sm_90"
+REGISTERS = 65536                                      # of an NVIDIA processor
+AMD_REGISTERS = 512                                    # of a lane, on each of the four units of an AMD processor
+SHARED = {                                             # bytes of a processor
+    "sm_80": 164 * 1024, "sm_86": 100 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024, "gfx942": 64 * 1024,
 }
 
 INPUTS = {"z", "x", "q", "bank"}                       # of any float dtype
@@ -52,7 +56,10 @@ def kernels(target_name):
         strides = dict(stride_l=1, out_l=1) if gram else dict(stride_n=1, out_n=1)
         for name in ("_product", "_gradient"):
             table[f"{name}, {side}"] = covariance, dict(GRAM=gram, **strides, **product), covariance.LAUNCH
-    for d in (1, 128, 256):
+    edges = target_name == EDGES
+    if not edges:
+        table = {name: row for name, row in table.items() if "= 1" not in name}
+    for d in (1, 128) if edges else (128,):            # beyond 128 the same kernel makes more slices
         tiles = bank._tiles(d, hopper=target_name in ("sm_90", "sm_100"))
         ones = dict(d=1, B=1) if d == 1 else {}
         for softmax in (True, False):
@@ -61,7 +68,7 @@ def kernels(target_name):
             for name in ("_slab", "_bank_rows"):
                 kind = "softmax" if softmax else "repulsion"
                 table[f"{name}, d = {d}, {kind}"] = bank, constants, tiles
-    for f in (1, 256):
+    for f in (1, 256) if edges else (256,):
         ones = dict(f=1, words=1, n=1, codes=1, rows=1, last=1, first=1) if f == 1 else {}
         for name, tiles in [("_row_sums", dictionary.ONE_VIEW), ("_code_means", dictionary.ONE_VIEW),
                             ("_times_signs", dictionary.SUM)]:
@@ -104,20 +111,21 @@ def compile(name, module, constants, launch, target, dtype):
     return triton.compile(source, target=target, options=options)
 
 
-def loop_of(sass, matrix):
+def loop_of(code, matrix):
     """(instructions, matrix instructions) of the loop with most matrix instructions."""
     labels, instructions = {}, []
-    for line in sass.splitlines():
-        label = re.match(r"\s*(\w+):\s*$", line)
+    for line in code.splitlines():
+        label = re.match(r"\s*([.\w]+):\s*(;.*)?$", line)
         if label:
             labels[label[1]] = len(instructions)
-        elif line.rstrip().endswith(";"):
+        elif line.rstrip().endswith(";") or re.match(r"\s+[a-z]+_\w+", line):        # NVIDIA's, AMD's
             instructions.append(line)
     best = 0, 0
     for end, line in enumerate(instructions):
-        jump = re.search(r"BRA\S*\s+(?:\S+,\s*)?(\w+);", line)
-        if jump and labels.get(jump[1], end + 1) <= end:
-            body = instructions[labels[jump[1]]:end + 1]
+        jump = re.search(r"BRA\S*\s+(?:\S+,\s*)?(\w+);|s_c?branch\w*\s+([.\w]+)", line)
+        start = labels.get(jump[1] or jump[2], end + 1) if jump else end + 1
+        if start <= end:
+            body = instructions[start:end + 1]
             count = sum(bool(re.search(matrix, x)) for x in body)
             if count > best[1]:
                 best = len(body), count
@@ -129,7 +137,12 @@ def describe(built, target_name, launch):
     if target_name == "gfx942":
         text = built.asm["amdgcn"]
         row["spilled"] = sum(map(int, re.findall(r"vgpr_spill_count: *(\d+)", text)))
+        row["registers"] = max(map(int, re.findall(r"\.vgpr_count: *(\d+)", text)))
+        waves = 4 * min(8, AMD_REGISTERS // row["registers"])          # in flight on four units
+        by_shared = SHARED[target_name] // max(1, row["shared"])
+        row["programs"] = min(waves // built.metadata.num_warps, by_shared)
         row["matrix"] = sorted(set(re.findall(r"v_mfma_\w+", text)))
+        row["loop"], row["loop_matrix"] = loop_of(text, "v_mfma_")
         return row
     tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

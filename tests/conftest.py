@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # read with torch: else cuBLAS does not repeat itself
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"              # read once, when kernels/ is imported
@@ -14,6 +16,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 @pytest.fixture(scope="session")
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def floor(device):
+    """Function impl -> relative error that any form of a kernel may make, however exact the fp32 reference is."""
+    def bound(impl):
+        if impl == "triton" or device == "cuda":
+            return 1e-6                               # tensor cores multiply in parts; cuBLAS sums as it likes
+        return 2 ** -22                               # two roundings
+    return bound
 
 
 @pytest.fixture

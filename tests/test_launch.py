@@ -1,25 +1,35 @@
-"""kernels/launch.py: what is chosen where Triton is old, missing or cannot compile."""
+"""kernels/launch.py and what all kernels owe a GPU: Triton only where it works, grids that it can start, no waiting."""
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import launch
+from kernels import (bank, bank_cross_entropy, bank_logsumexp, bank_repulsion, bank_topk, covariance, dictionary,
+                     dictionary_loss, launch, variance_covariance)
 from kernels.launch import pick
 
-pytestmark = pytest.mark.skipif(launch.triton is None, reason="needs triton")
+needs_triton = pytest.mark.skipif(launch.triton is None, reason="needs triton")
+IMPLS = ["torch"] + ["triton"] * (launch.triton is not None)
 
 
+# ---- Whether Triton is taken -------------------------------------------------------------------------------
+@needs_triton
 def test_an_old_triton_is_refused_when_asked_for(monkeypatch):
     monkeypatch.setattr(launch.triton, "__version__", "3.2.0")
     with pytest.raises(ValueError, match="3.3 or newer"):
         pick("triton", [torch.zeros(1)])
 
 
+@needs_triton
 def test_auto_passes_an_old_triton_by_with_a_warning(monkeypatch):
     monkeypatch.setattr(launch.triton, "__version__", "3.2.0")
     with pytest.warns(UserWarning, match="too old"):
         assert not launch._compiles.__wrapped__(0)
 
 
+@needs_triton
 def test_a_triton_that_cannot_compile_is_passed_by_with_a_warning(monkeypatch):
     class Broken:
         def __getitem__(self, grid):
@@ -31,8 +41,152 @@ def test_a_triton_that_cannot_compile_is_passed_by_with_a_warning(monkeypatch):
         assert not launch._compiles.__wrapped__(0)
 
 
+def on_a_gpu():
+    """What pick() looks at in a CUDA tensor, on the last GPU that anybody has."""
+    return SimpleNamespace(dtype=torch.float32, device=torch.device("cuda", 127), is_cuda=True)
+
+
+@needs_triton
+def test_the_fall_back_warns_once(monkeypatch):
+    monkeypatch.setattr(launch.triton, "__version__", "3.2.0")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [pick("auto", [on_a_gpu()]) for _ in range(5)] == 5 * ["torch"]
+    assert len(caught) == 1 and "plain torch on cuda:127" in str(caught[0].message)
+
+
+@needs_triton
+def test_the_public_functions_refuse_an_old_triton(monkeypatch, device):
+    monkeypatch.setattr(launch.triton, "__version__", "3.2.0")
+    x = torch.zeros(4, 4, device=device)
+    for call in (lambda: variance_covariance(x, impl="triton"), lambda: bank_logsumexp(x, x, 1, impl="triton"),
+                 lambda: dictionary_loss(x, x, 9, 0, 1, impl="triton")):
+        with pytest.raises(ValueError, match="3.3 or newer"):
+            call()
+
+
+@needs_triton
+def test_cpu_tensors_are_triton_s_only_in_the_interpreter(monkeypatch):
+    """Else it would say that a pointer cannot be accessed."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        pick("triton", [torch.zeros(1)])
+
+
 def test_a_float64_operand_is_never_given_to_triton():
     both = [torch.zeros(1), torch.zeros(1, dtype=torch.float64)]
     assert pick("auto", both) == "torch"
     with pytest.raises(ValueError, match="at most fp32"):
         pick("triton", both)
+
+
+# ---- Grids -------------------------------------------------------------------------------------------------
+class Recorder:
+    """In place of a kernel: notes the grids, starts nothing."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *arguments, **named: None
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    recorder = Recorder()
+    for module, names in [(covariance, "_column_stats _merge_stats _product _fold _gradient"),
+                          (bank, "_slab _bank_rows"),
+                          (dictionary, "_row_sums _code_means _row_terms _slopes _times_signs")]:
+        for name in names.split():
+            monkeypatch.setattr(module, name, recorder)
+    return recorder.grids
+
+
+def three_million_columns(device):
+    z = torch.zeros(2, 1, device=device).expand(2, 3_000_000).requires_grad_()
+    sum(variance_covariance(z, impl="triton")).backward()
+
+
+def three_million_samples(device):
+    z = torch.zeros(1, 2, device=device).expand(3_000_000, 2).requires_grad_()
+    sum(variance_covariance(z, impl="triton")).backward()
+
+
+def eight_million_bank_rows(device):
+    memory = torch.zeros(1, 2, device=device).expand(8_000_000, 2).requires_grad_()
+    bank_logsumexp(torch.zeros(1, 2, device=device), memory, 1., impl="triton").sum().backward()
+
+
+def eight_million_queries(device):
+    q = torch.zeros(1, 2, device=device).expand(8_000_000, 2).requires_grad_()
+    bank_logsumexp(q, torch.zeros(3, 2, device=device), 1., impl="triton").sum().backward()
+
+
+def eight_million_codes(device):
+    h = torch.zeros(1, 2, device=device, requires_grad=True)
+    sum(dictionary_loss(h, h.detach(), 8_000_000, 0, 1., impl="triton")).backward()
+
+
+@needs_triton
+@pytest.mark.parametrize("run", [three_million_columns, three_million_samples, eight_million_bank_rows,
+                                 eight_million_queries, eight_million_codes])
+def test_only_the_first_axis_of_a_grid_grows_with_the_input(run, grids, device):
+    """CUDA takes 2^31 - 1 programs on the first axis, 65,535 on the others."""
+    run(device)
+    assert grids
+    for grid in grids:
+        first, *others = grid
+        assert first < 2 ** 31 and max(others, default=1) < 2 ** 16, grids
+
+
+# ---- No waiting --------------------------------------------------------------------------------------------
+class NoLook(TorchDispatchMode):
+    """Refuses whatever hands a tensor's values, or a size that depends on them, to Python."""
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        refused = "_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "item"
+        assert operation.overloadpacket.__name__ not in refused, operation
+        return operation(*arguments, **(named or {}))
+
+
+def every_function(device, impl):
+    """A step with each of them."""
+    def leaf(n):
+        return torch.linspace(-1, 1, 8 * n, device=device).view(n, 8).sin().requires_grad_()
+    q, memory, rows = leaf(9), leaf(50), torch.arange(9, device=device)
+    temperature = .2                                  # on a CPU, where it is free, a tensor's value is checked
+    if q.is_cuda:
+        temperature = torch.full((1,), .2, device=device, requires_grad=True)
+    bank_cross_entropy(q, memory, rows, temperature, rows + 1, impl=impl).backward()
+    bank_repulsion(q, memory, rows, impl=impl).backward()
+    bank_repulsion(q, q, "self", impl=impl).backward()
+    bank_topk(q, memory, 3)
+    sum(dictionary_loss(q, q, 40, 0, temperature, impl=impl)).backward()
+    sum(variance_covariance(q, impl=impl, side="gram")).backward()
+    sum(variance_covariance(q, impl=impl, side="covariance")).backward()
+
+
+def test_no_function_looks_at_a_value(monkeypatch):
+    """Looking is waiting on a GPU, and impossible while a CUDA graph is captured; on a CPU indices are checked."""
+    monkeypatch.setattr(bank, "_check_rows", lambda *arguments: None)
+    dictionary._held.cache_clear()
+    with NoLook():
+        every_function("cpu", "torch")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_function_waits_for_a_gpu(impl):
+    every_function("cuda", impl)                      # compiles, which waits
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        every_function("cuda", impl)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_kernels_start_on_the_device_of_their_tensors(impl):
+    every_function("cuda:1", impl)                    # the current device is 0

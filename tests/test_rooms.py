@@ -126,8 +126,8 @@ def test_warp_keeps_lengths_where_canvases_are_not_square():
 @pytest.mark.parametrize("shape", [(1, 12, 12), (3, 12, 12), (1, 8, 8, 8), (3, 8, 8, 8)])
 def test_views_differ_by_sample_and_by_draw_and_follow_the_generator(shape):
     x = torch.rand(1, *shape).expand(4, *shape)
-    a, b = vicreg.two_views(x, torch.Generator().manual_seed(3))
-    again, _ = vicreg.two_views(x, torch.Generator().manual_seed(3))
+    a, b = vicreg.two_views(x, torch.Generator().manual_seed(3), vicreg.posed_view)
+    again, _ = vicreg.two_views(x, torch.Generator().manual_seed(3), vicreg.posed_view)
     assert a.shape == x.shape and torch.equal(a, again)
     assert (a - b).abs().mean() > .02 and (a[0] - a[1]).abs().mean() > .02
 
@@ -158,7 +158,7 @@ def small_data(labels=True):
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(24) % 3
     x = torch.rand(24, 1, 12, 12, generator=generator) + y[:, None, None, None]
-    return vicreg.Data(x, y if labels else None, x[:9], y[:9] if labels else None)
+    return vicreg.Data(x, y if labels else None, x[:9], y[:9] if labels else None, view=vicreg.posed_view)
 
 
 @pytest.mark.parametrize("labels", [True, False])

@@ -1,0 +1,127 @@
+"""The pictures of a run: curves, views, nearest neighbours, t-SNE of the features, each a PNG in its folder.
+
+Needs matplotlib and scikit-learn beside torch. data: images.Data; h [n, E]: features of its training images,
+h_test: of its test images, on the CPU.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from sklearn.manifold import TSNE
+
+from .images import fixed_order, pixels
+from .views import two_views
+
+NO_TERMS = "epoch", "loss", "RankMe", "knn", "meters"    # of a line of the history; the others are loss terms
+
+
+def plot_curves(history, probes, folder):
+    """curves.png: over epochs the loss terms, the dimensions in use and, with labels, the k-NN accuracy."""
+    labelled = any("knn" in line for line in history)
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3 if labelled else 2)
+    epochs = [line["epoch"] for line in history]
+
+    for name in [name for name in history[0] if name not in NO_TERMS]:
+        values = [line[name] for line in history]
+        axes[0].plot(epochs, values, ".-", label=name)
+    axes[0].set_yscale("asinh", linear_width=0.1)        # logarithmic, but for terms that cross 0
+    axes[0].set_title("loss terms, means over an epoch")
+    axes[0].legend()
+
+    ranks = [line["RankMe"] for line in history]
+    axes[1].plot(epochs, ranks, ".-")
+    axes[1].set_title("RankMe of z, 256 test images")
+
+    if labelled:
+        knn = [line.get("knn", math.nan) for line in history]
+        axes[2].plot(epochs, knn, "o", label="trained encoder")
+        for name, colour in ("raw pixels", "C1"), ("random encoder", "C2"):
+            axes[2].axhline(probes[name]["k-NN"], color=colour, label=name)
+        axes[2].set(title="k-NN accuracy, test features", ylim=(0, 1))
+        axes[2].legend()
+    for axis in axes:
+        axis.set_xlabel("epoch")
+    figure.savefig(folder / "curves.png")
+
+
+# ---- Images ------------------------------------------------------------------------------------------------
+def picture(x):
+    """[C, *S] -> [H, W] or, of three channels or four, [H, W, 3], for imshow; a volume's central slice."""
+    if x.ndim == 4:
+        middle = x.shape[1] // 2
+        x = x[:, middle]
+    if len(x) in (3, 4):
+        x = x[:3].movedim(0, 2)
+    else:
+        x = x.mean(0)
+    return x.clamp(0, 1).numpy()
+
+
+def plot_images(rows, file):
+    """A row of pictures for each of {title: images [n, C, *S]}, the same n in all."""
+    count = len(next(iter(rows.values())))
+    figure = Figure(figsize=(1 + count, 1.1 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for line, (title, images) in zip(axes, rows.items()):
+        line[0].set_ylabel(title)
+        for axis, x in zip(line, images):
+            axis.imshow(picture(x), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+    figure.savefig(file)
+
+
+def plot_views(data, folder):
+    """views.png: eight training images and two views of each, as training makes them."""
+    rows = fixed_order(len(data.images))[:8]
+    x = pixels(data.images, rows)
+    generator = torch.Generator().manual_seed(0)
+    view1, view2 = two_views(x, generator, data.view)
+    plot_images({"image": x, "view 1": view1, "view 2": view2}, folder / "views.png")
+
+
+def plot_neighbours(data, h, h_test, folder):
+    """neighbours.png: eight test images, of different classes where there are, and below each the training
+    images whose features have the largest cosine with its own."""
+    rows = fixed_order(len(h_test))
+    if data.labels is not None:
+        classes = data.test_labels[rows]
+        _, first = np.unique(classes, return_index=True)
+        chosen = rows[first].tolist() + rows.tolist()
+        rows = torch.tensor([*dict.fromkeys(chosen)])
+    rows = rows[:8]
+    unit = F.normalize(h)
+    cosines = F.normalize(h_test[rows]) @ unit.T         # [8, n]
+    nearest = cosines.topk(min(5, len(h))).indices
+
+    shown = {"test image": pixels(data.test_images, rows)}
+    for number, column in enumerate(nearest.T, 1):
+        shown[f"nearest {number}"] = pixels(data.images, column)
+    plot_images(shown, folder / "neighbours.png")
+
+
+def plot_embedding(data, h_test, folder):
+    """embedding.png: up to 1,000 test features in 2-D, by class; without labels 150 of them as images."""
+    rows = fixed_order(len(h_test))[:1000]
+    perplexity = min(30, len(rows) / 4)
+    tsne = TSNE(perplexity=perplexity, random_state=0)
+    places = tsne.fit_transform(h_test[rows])            # [n, 2]
+    figure = Figure(figsize=(6, 5.2))
+    axis = figure.subplots()
+
+    if data.labels is None:
+        axis.scatter(*places.T, s=1)
+        few = pixels(data.test_images, rows[:150])
+        for place, x in zip(places, few):
+            zoom = 20 / x.shape[-1]
+            image = OffsetImage(picture(x), zoom=zoom, cmap="gray")
+            axis.add_artist(AnnotationBbox(image, place, frameon=False))
+    else:
+        classes = data.test_labels[rows].numpy()
+        points = axis.scatter(*places.T, s=6, c=classes, cmap="tab10")
+        figure.colorbar(points, label="class")
+    axis.set(xticks=[], yticks=[], title="t-SNE of the encoder's test features")
+    figure.savefig(folder / "embedding.png")

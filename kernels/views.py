@@ -1,0 +1,164 @@
+"""Random views of a batch of images, two of which training compares: poses, or crops and colours.
+
+    view(x [N, C, *S], generator) -> [N, C, *S]        float32; images in [0, 1], views may lie outside
+
+TO TRY OTHER VIEWS write such a function and give it to a script's data: data._replace(view=yours). All
+randomness has to come from the generator, so that a run can be repeated.
+"""
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+
+def uniform(x, generator, low, high, size=1):
+    """Random numbers for each sample of x [N, C, *S], which broadcast over it: [N, size, 1, ...]."""
+    axes = x.ndim - 2
+    numbers = torch.empty(len(x), size, *[1] * axes, device=x.device)
+    return numbers.uniform_(low, high, generator=generator)
+
+
+def two_views(x, generator, view):
+    """view(x, generator), twice."""
+    return view(x, generator), view(x, generator)
+
+
+# ---- Poses -------------------------------------------------------------------------------------------------
+def warp(x, angles, scale, shift, sides):
+    """Rotate, scale about the centre, then shift each of x [N, C, *S], images or volumes; one resampling.
+
+    angles   [N, 1], in 3-D rotation vectors [N, 3], radians
+    scale    [N], or [N, axes], last axis first
+    shift    [N, axes], half canvases, last axis first
+    All three may have more axes of length 1. -> [N, C, *sides], 0 outside.
+    """
+    # affine_grid wants for each place of the result the place of x that it comes from: the inverse of the
+    # pose, in half canvases, last axis first.
+    n, channels, *own_sides = x.shape
+    axes = len(own_sides)
+    i, j = torch.triu_indices(axes, axes, 1, device=x.device)        # the planes of rotation
+    skew = x.new_zeros(n, axes, axes)
+    skew[:, i, j] = angles.flatten(1)
+    turn = torch.linalg.matrix_exp(skew - skew.mT)
+    inverse = turn / scale.view(n, 1, -1)
+
+    length = x.new_tensor(sides[::-1])
+    inverse = inverse * length
+    inverse = inverse / length[:, None]                              # pixels stay square on other canvases
+    offset = -inverse @ shift.view(n, axes, 1)
+    theta = torch.cat([inverse, offset], 2)                          # [N, axes, axes + 1]
+    grid = F.affine_grid(theta, [n, channels, *sides], align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def posed_view(x, generator):
+    """One view of each of x [N, C, *S] by pose, light and noise: digits, microscopy, volumes.
+
+    Ranges of our own. Three channels also get a colour cast, saturation, gray in a fifth, and flips.
+    """
+    draw = partial(uniform, x, generator)
+    axes = x.ndim - 2
+    planes = axes * (axes - 1) // 2
+    angles = draw(-0.45, 0.45, planes)                               # 26 degrees either way
+    scale = draw(-0.4, 0.4).exp()                                    # 0.67 to 1.49
+    shift = draw(-0.25, 0.25, axes)
+    x = warp(x, angles, scale, shift, x.shape[2:])
+
+    if x.shape[1] == 3:
+        x = x * draw(0.7, 1.3, 3)                                    # colour cast
+        gray = x.mean(1, keepdim=True)
+        keep_colour = draw(0, 1) >= 0.2
+        saturation = draw(0.6, 1.4)
+        x = torch.lerp(gray, x, keep_colour * saturation)
+        flipped = draw(0, 1) < 0.5
+        x = torch.where(flipped, x.flip(-1), x)
+
+    contrast = draw(0.6, 1.4)
+    brightness = draw(-0.2, 0.2)
+    noise_level = draw(0, 0.1)
+    noise = torch.empty_like(x)
+    noise.normal_(generator=generator)
+    return contrast * x + brightness + noise_level * noise
+
+
+# ---- Crops and colours -------------------------------------------------------------------------------------
+LUMA = 0.299, 0.587, 0.114             # how much of brightness the eye takes from red, green, blue
+
+
+def luma(x):
+    """Brightness of x [N, 3, H, W] -> [N, 1, H, W]."""
+    weights = x.new_tensor(LUMA)
+    return torch.einsum("nchw, c -> nhw", x, weights)[:, None]
+
+
+def random_crop(x, generator):
+    """A box of 8 to 100 % of the area of each of x [N, C, H, W], sides at most 4 : 3, brought to H x W."""
+    draw = partial(uniform, x, generator)
+    area = draw(0.08, 1)
+    stretch = math.log(4 / 3)
+    ratio = draw(-stretch, stretch).exp()                            # of width to height
+    box = torch.cat([area * ratio, area / ratio], 1)
+    box = box.sqrt().clamp(max=1)                                    # [N, 2, 1, 1], in canvases
+    half_a_pixel = 1 / x.shape[-1]
+    room = (1 - box) * (1 - half_a_pixel)                            # what lies outside would be black
+    centre = room * draw(-1, 1, 2)
+    no_turn = torch.zeros_like(area)
+    return warp(x, no_turn, 1 / box, -centre / box, x.shape[2:])
+
+
+def turn_hue(x, angle):
+    """Turn the colours of x [N, 3, H, W] about the gray axis by angle [N, 1, 1, 1], radians."""
+    gray = x.mean(1, keepdim=True)
+    across = x.roll(1, 1) - x.roll(-1, 1)
+    across = across / math.sqrt(3)                                   # gray axis x colour
+    return gray + (x - gray) * angle.cos() + across * angle.sin()
+
+
+def jitter(x, generator):
+    """Brightness, contrast, saturation and hue of x [N, 3, H, W], in this order."""
+    draw = partial(uniform, x, generator)
+    x = x * draw(0.6, 1.4)
+    x = x.clamp(0, 1)
+    mean = luma(x).mean((2, 3), keepdim=True)
+    x = torch.lerp(mean, x, draw(0.6, 1.4))
+    x = x.clamp(0, 1)
+    x = torch.lerp(luma(x), x, draw(0.8, 1.2))
+    x = turn_hue(x, 2 * math.pi * draw(-0.1, 0.1))
+    return x.clamp(0, 1)
+
+
+def blur(x, sigma):
+    """Gaussian blur of x [N, C, H, W], sigma [N, 1, 1, 1] pixels; the kernel spans a tenth of the canvas."""
+    n, channels, *sides = x.shape
+    radius = max(1, sides[-1] // 20)
+    place = torch.arange(-radius, radius + 1, device=x.device)
+    exponent = -place.square() / (2 * sigma.square())
+    kernel = exponent.softmax(3)                                     # [N, 1, 1, taps]
+    kernel = kernel.repeat_interleave(channels, 0)
+    x = F.pad(x, [radius] * 4, "replicate")
+    x = x.flatten(0, 1)                                              # [N C, H, W]: each has its own kernel
+    x = F.conv2d(x, kernel, groups=len(x))
+    x = F.conv2d(x, kernel.mT, groups=len(x))
+    return x.view(n, channels, *sides)
+
+
+def cropped_view(x, generator):
+    """One view of each of x [N, 3, H, W], photographs: crop, flip, colours, gray, blur, solarisation.
+
+    Ranges and rates of BYOL, arXiv 2006.07733, table 6, which VICReg took over. Our reading: blur and
+    solarisation at the mean of its two views' rates; colour jitter in a fixed order; hue about the gray axis.
+    """
+    draw = partial(uniform, x, generator)
+
+    def sometimes(rate, changed):
+        chosen = draw(0, 1) < rate
+        return torch.where(chosen, changed, x)
+
+    x = random_crop(x, generator)
+    x = sometimes(0.5, x.flip(-1))
+    x = sometimes(0.8, jitter(x, generator))
+    x = sometimes(0.2, luma(x))
+    x = sometimes(0.55, blur(x, draw(0.1, 2)))
+    solarised = torch.where(x < 0.5, x, 1 - x)
+    return sometimes(0.1, solarised)
