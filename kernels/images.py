@@ -31,7 +31,8 @@ Data = namedtuple("Data", "images labels test_images test_labels classes view", 
 # ---- Sets of images ----------------------------------------------------------------------------------------
 def channels_first(array, channels_last):
     """[N, *S, C], or [N, *S] if not channels_last -> tensor [N, C, *S] of the same memory, but float64."""
-    x = torch.from_numpy(array)
+    native = array.dtype.newbyteorder("=")
+    x = torch.from_numpy(array.astype(native, copy=False))
     if x.dtype == torch.float64:
         x = x.float()
     return x.movedim(-1, 1) if channels_last else x[:, None]
@@ -155,7 +156,12 @@ ENDINGS = set(".jpg .jpeg .png .bmp .gif .tif .tiff .webp".split())
 def find_files(folder):
     """Image files below the folder, sorted; links are followed, hidden ones are not. Else .npy volumes."""
     files = []
+    seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
+        if Path(root).resolve() in seen:                             # a link back to where we came from
+            folders.clear()
+            continue
+        seen.add(Path(root).resolve())
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(root, name) for name in names if not name.startswith(".")]
     files.sort()
@@ -171,10 +177,12 @@ def class_names(files, folder):
 
 
 def is_gray(file):
-    if file.suffix == ".npy":
+    """Whether an image is of one channel, 8 bits or 16; of volumes and of what is broken nobody asks."""
+    try:
+        with Image.open(file) as image:
+            return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+    except OSError:                                                  # decode() says what is wrong
         return True
-    with Image.open(file) as image:
-        return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
 
 
 def decode(file, size, mode):

@@ -172,7 +172,7 @@ def run(request, made):
 @command("--epochs 1 --width 4", ALL)
 def test_a_run_ends_with_tables_verdict_and_files(run):
     files = {"config.json", "curves.png", "embedding.png", "encoder.pt", "features.npz", "last.pt", "metrics.jsonl",
-             "report.json"}
+             "neighbours.png", "report.json", "views.png"}
     if run.script == "falcon.py":
         files |= {"meters.json", "meters.png"}
     assert {file.name for file in run.out.iterdir()} == files
@@ -261,7 +261,7 @@ def test_images_without_labels_train_and_give_features(run):
     features = np.load(run.out / "features.npz")
     assert features["train_features"].shape == (32, 32)
     assert features["test_features"].shape == (8, 32)                    # a fifth is held out
-    assert "no class labels" in run.stdout
+    assert "note: small.npz has no labels of two classes" in run.stdout
     assert "RankMe" in run.stdout
     assert "k-NN" not in run.stdout
     assert "NMI" not in run.stdout
@@ -432,7 +432,8 @@ BAD = [  # arguments, scripts, what makes the data, words the message must have
     (f"--data {ROOT}/README.md", ROOMS, None, "README.md cannot be read"),
     (SMALL, ROOMS, saved(images=BLACK), "no train_images.*test_images"),
     (SMALL, ROOMS, saved(train_images=one_nan()), "train_images holds NaN"),
-    (SMALL, ROOMS, saved(train_images=np.full((40, 12, 12), 300, np.int64)), r"outside \[0, 1\]"),
+    (SMALL, ROOMS, saved(train_images=np.full((40, 12, 12), 300.)), r"outside \[0, 1\]"),
+    (SMALL, ROOMS, saved(train_images=np.full((40, 12, 12), 300, np.int64)), "int64.*not uint8 or float"),
     (SMALL, ROOMS, saved(train_images=np.zeros((40, 3, 12, 12), np.uint8)), r"\[40, 3, 12, 12\], not"),
     (SMALL, ROOMS, saved(train_images=np.zeros((40, 144), np.uint8)), r"uint8 \[40, 144\]"),
     (SMALL, ROOMS, saved(train_images=BLACK, test_images=BLACK[:, :9, :9]), r"\[1, 12, 12\].*\[1, 9, 9\]"),
