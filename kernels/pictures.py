@@ -50,27 +50,33 @@ def plot_curves(history, probes, folder):
 
 # ---- Images ------------------------------------------------------------------------------------------------
 def picture(x):
-    """[C, *S] -> [H, W] or, of three channels or four, [H, W, 3], for imshow; a volume's central slice."""
+    """[C, *S] -> [H, W, 3] for imshow: gray unless of 3 or 4 channels; of a volume the central slice."""
     if x.ndim == 4:
         middle = x.shape[1] // 2
         x = x[:, middle]
     if len(x) in (3, 4):
-        x = x[:3].movedim(0, 2)
+        x = x[:3]
     else:
-        x = x.mean(0)
-    return x.clamp(0, 1).numpy()
+        x = x.mean(0).expand(3, -1, -1)
+    return x.clamp(0, 1).movedim(0, 2).numpy()
 
 
 def plot_images(rows, file):
-    """A row of pictures for each of {title: images [n, C, *S]}, the same n in all."""
-    count = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1 + count, 1.1 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), count, squeeze=False)
-    for line, (title, images) in zip(axes, rows.items()):
-        line[0].set_ylabel(title)
-        for axis, x in zip(line, images):
-            axis.imshow(picture(x), cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
+    """A row of pictures for each of {title: images [n, C, *S]}, all of one shape."""
+    strips = []
+    for images in rows.values():
+        framed = [np.pad(picture(x), [(1, 1), (1, 1), (0, 0)], constant_values=1) for x in images]
+        strips.append(np.concatenate(framed, axis=1))
+    mosaic = np.concatenate(strips)                      # one picture: an axis for each takes seconds
+    height = len(mosaic) / len(rows)
+    width = mosaic.shape[1] / height
+    figure = Figure(figsize=(2 + width, 0.5 + len(rows)), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(mosaic)
+    axis.set_xticks([])
+    axis.set_yticks(height * (np.arange(len(rows)) + 0.5), [*rows])
+    axis.tick_params(length=0)
+    axis.set_frame_on(False)
     figure.savefig(file)
 
 
@@ -117,7 +123,7 @@ def plot_embedding(data, h_test, folder):
         few = pixels(data.test_images, rows[:150])
         for place, x in zip(places, few):
             zoom = 20 / x.shape[-1]
-            image = OffsetImage(picture(x), zoom=zoom, cmap="gray")
+            image = OffsetImage(picture(x), zoom=zoom)
             axis.add_artist(AnnotationBbox(image, place, frameon=False))
     else:
         classes = data.test_labels[rows].numpy()

@@ -20,6 +20,8 @@ SHARED_LIMIT = {                                       # bytes a program may hav
 }
 PRODUCTS = ("_product", "_gradient", "_slab", "_bank_rows", "_row_sums", "_code_means", "_row_terms",
             "_slopes", "_times_signs")
+# A target takes half a minute: one of each maker by default, all with -m slow.
+TARGETS = ["sm_90", "gfx942", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("sm_80", "sm_86", "sm_100"))]
 INSTRUCTION = {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma_f32"}
 
 # Of each kernel at ordinary sizes: matrix instructions in its loop at the most, programs on a processor at the least.
@@ -55,12 +57,15 @@ def compile(target):
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(request):
+    """What came of each target that a chosen test asks for."""
+    slow = "slow" in request.config.option.markexpr
+    chosen = [*SHARED_LIMIT] if slow else ["sm_90", "gfx942"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(SHARED_LIMIT, pool.map(compile, SHARED_LIMIT)))
+        return dict(zip(chosen, pool.map(compile, chosen)))
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_fits_the_chip_without_spills(compiled, target):
     assert len(compiled[target]) == (45 if target == EDGES else 27)
     for row in compiled[target]:
@@ -68,7 +73,7 @@ def test_fits_the_chip_without_spills(compiled, target):
         assert row["shared"] <= SHARED_LIMIT[target], row
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_products_run_on_tensor_cores(compiled, target):
     rows = [row for row in compiled[target] if row["kernel"].startswith(PRODUCTS)]
     assert len(rows) == (38 if target == EDGES else 23)
@@ -76,7 +81,7 @@ def test_products_run_on_tensor_cores(compiled, target):
         assert any(name.startswith(INSTRUCTION[target]) for name in row["matrix"]), row
 
 
-@pytest.mark.parametrize("target", SHARED_LIMIT)
+@pytest.mark.parametrize("target", TARGETS)
 def test_loops_and_programs(compiled, target):
     """No matrix instruction more than the tiles need, registers and shared memory for several programs at once."""
     for row in compiled[target]:
