@@ -128,7 +128,8 @@ def command(arguments, prepare, scripts=("vicreg.py",), between=()):
 @pytest.fixture(scope="module")
 def made(request, tmp_path_factory):
     """All runs of the chosen tests, the longest first."""
-    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    items = [item for item in request.session.items if not item.get_closest_marker("skip")]
+    parameters = [getattr(item, "callspec", None) for item in items]
     chosen = [called.params["run"] for called in parameters if called and "run" in called.params]
     chosen = [start for start in chosen if isinstance(start, Start)]     # other files have runs of their own
     chosen.sort(key=lambda start: -len(start.starts))

@@ -152,7 +152,8 @@ def command(arguments, scripts, prepare=None, way=once):
 @pytest.fixture(scope="module")
 def made(request, tmp_path_factory):
     """All runs of the chosen tests, the longest first."""
-    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    items = [item for item in request.session.items if not item.get_closest_marker("skip")]
+    parameters = [getattr(item, "callspec", None) for item in items]
     chosen = [called.params["run"] for called in parameters if called and "run" in called.params]
     chosen = [run for run in chosen if isinstance(run, Run)]             # other files have runs of their own
     chosen.sort(key=lambda run: run.way is once)
