@@ -355,7 +355,6 @@ def train(model, optimizer, data, args, folder, state, meters=None):
     images = data.images
     device = next(model.parameters()).device
     few = limited(data)
-    test_rows = some(len(data.test_images), 256)
     step_size = args.batch * args.accumulate
     steps = len(images) // step_size                                 # in an epoch; the rest is dropped
     total = args.epochs * steps
@@ -414,13 +413,14 @@ def train(model, optimizer, data, args, folder, state, meters=None):
             model.eval()
             if meters:
                 line["meters"] = meters(model)
-            with torch.no_grad():
-                z = model.projector(encode(model.encoder, data.test_images, test_rows, device))
-            line["RankMe"] = collapse_panel(z)["RankMe"]
-            if data.labels is not None and epoch % max(1, args.epochs // 8) == 0:      # some eight times
-                h = encode(model.encoder, few.images, device=device)
+            if epoch % max(1, args.epochs // 8) == 0:                # some eight times
                 h_test = encode(model.encoder, few.test_images, device=device)
-                line["knn"] = knn_accuracy(h, few.labels, h_test, few.test_labels)
+                with torch.no_grad():
+                    z = model.projector(h_test[some(len(h_test), 256)])
+                line["RankMe"] = collapse_panel(z)["RankMe"]
+                if data.labels is not None:
+                    h = encode(model.encoder, few.images, device=device)
+                    line["knn"] = knn_accuracy(h, few.labels, h_test, few.test_labels)
             history.append({"epoch": epoch, **line})
             checkpoint()
     return history
@@ -513,12 +513,14 @@ def report(model, data, untrained, history, folder, **more_probes):
     plot_neighbours(few, trained.h, trained.h_test, folder)
     plot_embedding(few, trained.h_test, folder)
 
-    device = next(model.parameters()).device
-    arrays = {"train_features": encode(model.encoder, data.images, device=device).cpu(),
-              "test_features": encode(model.encoder, data.test_images, device=device).cpu()}
+    h, h_test = trained.h, trained.h_test
+    if few is not data:                                              # of all images then
+        device = next(model.parameters()).device
+        h, h_test = [encode(model.encoder, x, device=device).cpu() for x in (data.images, data.test_images)]
+    labels = {}
     if data.labels is not None:
-        arrays.update(train_labels=data.labels, test_labels=data.test_labels, classes=data.classes)
-    np.savez(folder / "features.npz", **arrays)
+        labels = {"train_labels": data.labels, "test_labels": data.test_labels, "classes": data.classes}
+    np.savez(folder / "features.npz", train_features=h, test_features=h_test, **labels)
     print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 

@@ -32,8 +32,8 @@ def plot_curves(history, probes, folder):
     axes[0].set_title("loss terms, means over an epoch")
     axes[0].legend()
 
-    ranks = [line["RankMe"] for line in history]
-    axes[1].plot(epochs, ranks, ".-")
+    ranks = [line.get("RankMe", math.nan) for line in history]
+    axes[1].plot(epochs, ranks, "o")
     axes[1].set_title("RankMe of z, 256 test images")
 
     if labelled:
