@@ -4,6 +4,7 @@ import os
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import threadpoolctl                                     # scikit-learn's own dependency
@@ -41,3 +42,18 @@ def run(script, arguments, folder):
     process.kill()
     status, *output = [Path(f"{folder}.{name}").read_text() for name in ("status", "stdout", "stderr")]
     return subprocess.CompletedProcess(script, int(status), *output)
+
+
+def make_all(request, tmp_path_factory, kind, key):
+    """make(folder) of all runs of this class that chosen tests ask for, by key, as many at a time as there are cores.
+
+    -> {run: what came of it}: a future, whose result() raises what went wrong.
+    """
+    items = [item for item in request.session.items if not item.get_closest_marker("skip")]
+    parameters = [getattr(item, "callspec", None) for item in items]
+    chosen = [called.params["run"] for called in parameters if called and "run" in called.params]
+    chosen = sorted([run for run in chosen if isinstance(run, kind)], key=key)           # other files have their own
+    folders = [tmp_path_factory.mktemp("run") for _ in chosen]           # mktemp is not safe among threads
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = [pool.submit(run.make, folder) for run, folder in zip(chosen, folders)]
+    return dict(zip(chosen, made))

@@ -1,5 +1,4 @@
 """icone.py: the diversity forms and what is known of them, and that no sample depends on the rest of its batch."""
-import math
 
 import pytest
 import torch

@@ -3,7 +3,6 @@
 Each test says its command and what is on the disk in the lines above it; `run` is what came of it. All runs that
 the chosen tests need are made before the first of them, as many at a time as there are cores.
 """
-import json
 import os
 import pickle
 import re
@@ -128,15 +127,7 @@ def command(arguments, prepare, scripts=("vicreg.py",), between=()):
 @pytest.fixture(scope="module")
 def made(request, tmp_path_factory):
     """All runs of the chosen tests, the longest first."""
-    items = [item for item in request.session.items if not item.get_closest_marker("skip")]
-    parameters = [getattr(item, "callspec", None) for item in items]
-    chosen = [called.params["run"] for called in parameters if called and "run" in called.params]
-    chosen = [start for start in chosen if isinstance(start, Start)]     # other files have runs of their own
-    chosen.sort(key=lambda start: -len(start.starts))
-    folders = [tmp_path_factory.mktemp("run") for _ in chosen]           # mktemp is not safe among threads
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = [pool.submit(start.make, folder) for start, folder in zip(chosen, folders)]
-    return dict(zip(chosen, made))
+    return forked.make_all(request, tmp_path_factory, Start, key=lambda start: -len(start.starts))
 
 
 @pytest.fixture

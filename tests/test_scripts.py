@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -152,15 +151,7 @@ def command(arguments, scripts, prepare=None, way=once):
 @pytest.fixture(scope="module")
 def made(request, tmp_path_factory):
     """All runs of the chosen tests, the longest first."""
-    items = [item for item in request.session.items if not item.get_closest_marker("skip")]
-    parameters = [getattr(item, "callspec", None) for item in items]
-    chosen = [called.params["run"] for called in parameters if called and "run" in called.params]
-    chosen = [run for run in chosen if isinstance(run, Run)]             # other files have runs of their own
-    chosen.sort(key=lambda run: run.way is once)
-    folders = [tmp_path_factory.mktemp("run") for _ in chosen]           # mktemp is not safe among threads
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = [pool.submit(run.make, folder) for run, folder in zip(chosen, folders)]
-    return dict(zip(chosen, made))
+    return forked.make_all(request, tmp_path_factory, Run, key=lambda run: run.way is once)
 
 
 @pytest.fixture
