@@ -22,22 +22,45 @@ from .bank import bank_logsumexp, bank_topk
 
 
 # ---- Parts of the panel ------------------------------------------------------------------------------------
-def _gram(x):
-    """x^T x or x x^T [n, n], whichever is smaller: its eigenvalues are x's squared singular values."""
-    samples, width = x.shape
-    return x.T @ x if samples > width else x @ x.T
+def _parts(z, unit=False):
+    """z, or its unit vectors, in float64, 4096 rows at a time: no copy of the whole."""
+    for rows in z.split(4096):
+        rows = rows.double()
+        yield F.normalize(rows) if unit else rows
+
+
+def _mean(z, unit=False):
+    """Of each column, [D]."""
+    return sum(rows.sum(dim=0) for rows in _parts(z, unit)) / len(z)
+
+
+def _std(z, unit=False):
+    """Of each column, [D], divisor N - 1."""
+    mean = _mean(z, unit)
+    squares = sum((rows - mean).square().sum(dim=0) for rows in _parts(z, unit))
+    return (squares / (len(z) - 1)).sqrt()
+
+
+def _gram(z, mean):
+    """x^T x or x x^T [n, n] of x = z - mean, whichever is smaller: its eigenvalues are x's squared singular
+    values."""
+    samples, width = z.shape
+    if samples <= width:
+        x = z.double() - mean
+        return x @ x.T
+    return sum((rows - mean).T @ (rows - mean) for rows in _parts(z))
 
 
 def _rankme(z):
     """exp entropy of the singular values, uncentred: Garrido et al., arXiv 2210.02885, eq. 1 and 2."""
-    singular = torch.linalg.eigvalsh(_gram(z)).clamp(min=0).sqrt()
+    singular = torch.linalg.eigvalsh(_gram(z, 0)).clamp(min=0).sqrt()
     share = singular / singular.sum() + 1e-7
     return torch.exp(-(share * share.log()).sum())
 
 
 def _participation(z):
     """(sum l)^2 / sum l^2 over the eigenvalues l of the covariance: its trace and its Frobenius norm."""
-    gram = _gram(z - z.mean(dim=0))
+    gram = _gram(z, _mean(z))
     return gram.trace() ** 2 / gram.square().sum()
 
 
@@ -47,14 +70,16 @@ def _work_dtype(z):
     return torch.float64 if samples ** 2 * width < 2e10 else torch.float32
 
 
-def _uniformity(unit):
+def _uniformity(z):
     """log of the mean of exp(-2 |u_i - u_j|^2) over pairs i != j, Wang, Isola, arXiv 2005.10242, eq. 2.
 
     For rows of unit length |u_i - u_j|^2 = 2 - 2 u_i . u_j: a log-sum-exp of the cosines at temperature 1/4.
     """
-    samples = len(unit)
-    bank = unit.to(_work_dtype(unit))
-    itself = torch.arange(samples, device=unit.device)
+    samples = len(z)
+    bank = torch.empty_like(z, dtype=_work_dtype(z))
+    for place, unit in zip(bank.split(4096), _parts(z, unit=True)):
+        place.copy_(unit)
+    itself = torch.arange(samples, device=z.device)
     sums = [bank_logsumexp(bank[rows], bank, 0.25, exclude=rows) for rows in itself.split(4096)]
     return torch.cat(sums).double().logsumexp(dim=0) - math.log(samples * (samples - 1)) - 4
 
@@ -66,14 +91,20 @@ def _twonn(z, candidates=8):
     that have a duplicate, r1 = 0. Candidates come from dot products, since 2 z_i . z_j - |z_j|^2 orders by
     distance; their distances are then made anew from differences, in float64.
     """
-    centred = (z - z.mean(dim=0)).to(_work_dtype(z))
-    queries = torch.cat([2 * centred, centred.new_full((len(z), 1), -1)], dim=1)       # [N, D + 1]
-    bank = torch.cat([centred, centred.square().sum(dim=1, keepdim=True)], dim=1)
-    count = min(candidates, len(z))
+    samples, width = z.shape
+    mean = _mean(z)
+    bank = z.new_empty(samples, width + 1, dtype=_work_dtype(z))
+    for place, rows in zip(bank.split(4096), _parts(z)):
+        centred = rows - mean
+        place[:, :-1] = centred
+        place[:, -1] = centred.square().sum(dim=1)
+
     total, points = 0., 0
-    for rows in torch.arange(len(z), device=z.device).split(2048):
-        near = bank_topk(queries[rows], bank, count)[1]                                # [B, count]
-        distance = (z[rows, None] - z[near]).norm(dim=2)
+    for rows in torch.arange(samples, device=z.device).split(1024):
+        queries = 2 * bank[rows]
+        queries[:, -1] = -1
+        near = bank_topk(queries, bank, min(candidates, samples))[1]                   # [B, count]
+        distance = (z[rows, None].double() - z[near].double()).norm(dim=2)
         distance[near == rows[:, None]] = torch.inf                                    # not to itself
         first, second = distance.sort(dim=1).values[:, :2].T
         ratio = (second / first)[first > 0]
@@ -116,23 +147,22 @@ def collapse_panel(z, z1=None, z2=None):
     views = [view for view in (z1, z2) if view is not None]
     _check(z, views)
     samples, width = z.shape
-    z = z.double()
-    unit = F.normalize(z)
     pairs = samples * (samples - 1)
-    cosine = (unit.sum(dim=0).square().sum() - unit.square().sum()) / pairs
+    lengths = sum(unit.square().sum() for unit in _parts(z, unit=True))              # 1 each, but for zeros
+    cosine = ((samples * _mean(z, unit=True)).square().sum() - lengths) / pairs
 
     panel = {"samples": samples, "width": width}
-    panel["raw std"] = z.std(dim=0).mean()
-    panel["std"] = unit.std(dim=0).mean() * width ** 0.5
+    panel["raw std"] = _std(z).mean()
+    panel["std"] = _std(z, unit=True).mean() * width ** 0.5
     panel["cosine"] = cosine
     finite = bool(z.isfinite().all())
     panel["RankMe"] = _rankme(z) if finite else math.nan
     panel["participation"] = _participation(z) if finite else math.nan
-    panel["uniformity"] = _uniformity(unit) if finite else math.nan
+    panel["uniformity"] = _uniformity(z) if finite else math.nan
     panel["TwoNN"] = _twonn(z) if finite else math.nan
     if views:
-        unit1, unit2 = [F.normalize(view.double()) for view in views]
-        panel["alignment"] = (unit1 - unit2).square().sum(dim=1).mean()
+        pairs_of_views = zip(_parts(z1, unit=True), _parts(z2, unit=True))
+        panel["alignment"] = sum((u1 - u2).square().sum() for u1, u2 in pairs_of_views) / samples
         panel["view ratio"] = panel["alignment"] / (2 - 2 * cosine)
     return {name: value if isinstance(value, int) else float(value) for name, value in panel.items()}
 
