@@ -351,7 +351,8 @@ def read_images(name, size=64, channels_last=False):
                          "testing; both must be of one shape")
     y, y_test, classes = number_classes(name, y, y_test)
 
-    flat = encode(lambda batch: batch.flatten(1).std(1) == 0, x, some(len(x), 1000))
+    shown = x[some(len(x), 100)].flatten(1)
+    flat = shown.amax(1) == shown.amin(1)
     if flat.all():
         raise ValueError(f"{name}: of {len(flat)} images looked at each is of one value throughout")
     if flat.any():

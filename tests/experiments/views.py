@@ -1,4 +1,4 @@
-"""Every method on letters that pixels do not tell apart, with crops and with poses as views: README's table.
+"""Every method on letters that pixels do not tell apart, with crops and with poses as views: a table.
 
     python tests/experiments/glyphs.py --out glyphs.npz
     python tests/experiments/views.py --epochs 20                       # goes on where it stopped
