@@ -52,8 +52,8 @@ def bank_reference(q, bank, temperature, target=None, exclude=None):
 # dq is the sum that flash attention accumulates with K = V = bank: the forward can make O_b = sum_n f'_bn m_n
 # in the same pass, and a detached bank needs no backward pass over the bank at all, nor to be what it was by
 # then. dm needs w again, tile by tile, from lse_b. With a running maximum c_b, sums and O are rescaled by
-# exp(c_old - c_new) whenever it grows; that is exact, and safe at any temperature. An excluded column has s =
-# -inf: weight 0 in both.
+# exp(c_old - c_new) whenever it grows; that is exact, and safe at any temperature. An excluded column has
+# s = -inf: weight 0 in both.
 #
 # All is done in base 2, with queries that carry log2(e)/t, since 2^x costs less than e^x: 40 % of the time on
 # CPUs, one instruction on GPUs. The queries are scaled outside of the autograd function, by autograd: so the
@@ -89,8 +89,7 @@ def _chunks(q, bank, size):
 
 
 def _add_at(matrix, index, first, number):
-    """matrix [C, B] of bank rows first to first + C: add the number at rows index [B, K], where they lie
-    inside.
+    """matrix [C, B] of bank rows first to first + C: add the number at those of index [B, K] that lie inside.
 
     Without a look at what lies inside, which on a GPU would have to be waited for.
     """
@@ -374,8 +373,7 @@ def _shapes_forward(q, bank, exclude, softmax, with_output, trained, use_triton)
 @opaque("bank_forward", _shapes_forward)
 def _forward(q: Tensor, bank: Tensor, exclude: Tensor | None, softmax: bool, with_output: bool, trained: bool,
              use_triton: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q [B, d], scaled -> log2 sum_n 2^s_bn or sum_n max(0, s_bn)^2 [B]; O [B, d]; weights [N, B]; their
-    shifts.
+    """q [B, d], scaled -> log2 sum_n 2^s_bn or sum_n max(0, s_bn)^2 [B]; O [B, d]; weights [N, B], shifts.
 
     Empty tensors for what is not asked for: O only with_output, weights if _keeps and the bank is trained.
     """
@@ -517,14 +515,12 @@ def bank_logsumexp(q, bank, temperature, exclude=None, impl="auto"):
 
 
 def bank_cross_entropy(q, bank, target, temperature, exclude=None, impl="auto"):
-    """Mean over b of bank_logsumexp minus the logit of row target_b: InfoNCE with the whole bank as
-    negatives.
+    """Mean over b of bank_logsumexp minus the logit of row target_b: InfoNCE, its negatives the whole bank.
 
     q [B, d], bank [N, d]: any float dtype and strides; used as they are, so normalise rows for cosines.
     Gradients go to whichever requires them; a bank that does not costs no backward pass, and may be
     overwritten before it. q and bank may be the same tensor.
-    target: int64 [B], rows of the bank in [0, N), which only CPU tensors are checked for outside
-    torch.compile.
+    target: int64 [B], rows of the bank in [0, N): checked on CPUs alone, and not under torch.compile.
     exclude: int64 [B] or [B, K], rows likewise, left out of query b's sum; "self": of as many queries as
     there are rows, each leaves out its own.
     temperature: above 0; safe at 0.01 and below. A number, or a tensor of one, which gets its gradient.
@@ -555,10 +551,9 @@ TOPK_CHUNK = 2 ** 22                                   # numbers at a time, 16 M
 
 @torch.no_grad()
 def bank_topk(q, bank, k):
-    """The k largest dot products of each query, descending, and their rows: [B, k], int64 [B, k]. Exact, in
-    chunks.
+    """The k largest dot products of each query, descending, exact, and their rows: [B, k], int64 [B, k].
 
-    Computed in the wider of both dtypes, fp32 at least, and returned in it; ties are broken arbitrarily.
+    In chunks. Computed and returned in the wider of both dtypes, fp32 at least; ties break arbitrarily.
     """
     _check(q, bank)
     if not 1 <= k <= len(bank):

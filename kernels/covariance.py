@@ -39,29 +39,25 @@ def variance_covariance_reference(z, gamma=1.0, eps=1e-4):
 
 
 # ---- Derivation --------------------------------------------------------------------------------------------
-# Let x be the matrix with the long axis first, [L, n]: x = Z (covariance side, n = D) or x = Z^T (Gram side,
-# n = N).
-# Then both sides are one program, M = x_c^T x_c [n, n] in the forward and x_c M in the backward:
+# Let x [L, n] have the long axis first: x = Z (covariance side, n = D) or x = Z^T (Gram side, n = N). Then
+# both are one program, M = x_c^T x_c [n, n] in the forward and x_c M in the backward:
 #
-#   covariance side   M = Z_c^T Z_c with its diagonal set to 0:   covariance = |M|^2 / ((N-1)^2 D)
-#   Gram side         M = Z_c Z_c^T, |M|^2 = |Z_c^T Z_c|^2:       covariance = (|M|^2 / (N-1)^2 - sum_d
-# var_d^2) / D
+#   covariance side   M = Z_c^T Z_c, its diagonal set to 0:    covariance = |M|^2 / ((N-1)^2 D)
+#   Gram side         M = Z_c Z_c^T, |M|^2 = |Z_c^T Z_c|^2:    covariance = the same - sum_d var_d^2 / D
 #
-# Backward with upstream gradients g_v, g_k. d covariance/dC = 2 offdiag(C)/D, dC = (dZ^T Z_c + Z_c^T
-# dZ)/(N-1), so
+# Backward with upstream gradients g_v, g_k. From d covariance/dC = 2 offdiag(C)/D and
+# dC = (dZ^T Z_c + Z_c^T dZ)/(N-1):
 #
 #   dZ = a x_c M + s x_c,    a = 4 g_k / (D (N-1)^2),    s_d = -g_v [std_d < gamma] / (D (N-1) std_d)
 #   and on the Gram side the subtracted var_d^2 add      s_d -= 4 g_k var_d / (D (N-1))
 #
 # Each column of this dZ sums to zero by itself: the mean needs no further term.
 #
-# The Gram side subtracts the diagonal's part from the whole, and loses digits as far as the diagonal
-# dominates.
+# The Gram side subtracts the diagonal's part from the whole, and loses digits where the diagonal dominates.
 # rank(C) <= N-1 bounds that for columns of like variance: with 2N <= D by a factor of 2 at most, so the Gram
 # side is taken there and only there. (Whitened 4096 x 512 would come out 0.2-0.6 % wrong.) A few columns of
 # far larger variance would still drown the rest, value and gradient. So the DOMINANT columns of largest
-# variance, T [N, k], leave the matrix before anything is subtracted. With R the other columns and G = R R^T,
-# all sums of squares,
+# variance, T [N, k], leave the matrix before anything is subtracted. With R the others and G = R R^T,
 #
 #   (N-1)^2 D covariance = |G|^2 - sum_{d in R} ((N-1) var_d)^2  +  2 tr(T^T G T)  +  |hollow(T^T T)|^2
 #
@@ -79,8 +75,7 @@ def _apart(variance):
 
 
 def _with_dominant(g, t):
-    """G of the other columns and T -> their sums of squares with T, G T + T hollow(T^T T) [N, k], M = G + T
-    T^T.
+    """G of the other columns, T -> sums of squares with T, G T + T hollow(T^T T) [N, k], M = G + T T^T.
 
     In float64: these are small, and on a GPU no setting for tf32 reaches them.
     """
@@ -108,8 +103,7 @@ def _centre_torch(z):
     """z [N, D] -> Z_c [N, D], mean [2, D], var [D].
 
     Two passes: E[x^2] - E[x]^2 is 12 % wrong at mean 30, std 0.05. The mean is a sum of two numbers, because
-    one rounded to fp32 leaves an offset in Z_c that shows in the gradient when the mean is far larger than
-    the spread.
+    one rounded to fp32 leaves an offset in Z_c that shows in the gradient when the mean dwarfs the spread.
     """
     work = torch.promote_types(z.dtype, torch.float32)
     high = z.mean(dim=0, dtype=work)
@@ -134,8 +128,7 @@ def _product_torch(xc):
 
 
 def _squares_torch(m):
-    # Row by row: one fp32 vector_norm over 67 million elements is 1 % off in the square, this is exact to
-    # 4e-8.
+    # Row by row: one fp32 vector_norm over 67 million elements is 1 % off in the square, this 4e-8.
     return torch.linalg.vector_norm(m, dim=1).square().sum()
 
 
@@ -160,8 +153,7 @@ def _backward_torch(z, mean, scale, m, a, gram):
 
 # ---- Triton ------------------------------------------------------------------------------------------------
 # Kernels with static tile sizes and no atomics: bitwise reproducible. z is cast to fp32 right after each
-# load, offsets are int64. What lies past an edge is loaded as 0, and set to 0 again once the mean has been
-# subtracted.
+# load, offsets are int64. What lies past an edge is loaded as 0, and set to 0 again once the mean is off.
 if triton is not None:
 
     @triton.jit
@@ -511,23 +503,17 @@ def variance_covariance(z, gamma=1.0, eps=1e-4, impl="auto", side="auto"):
     """VICReg's variance and covariance terms of one view's embeddings, as its released code defines them.
 
     z       [N, D], N >= 2, any float dtype and strides, finite. Differentiable once, any upstream gradient.
-    gamma   what the hinge wants the standard deviation of each dimension to reach, in z's units. A number: it
-    gets no
-            gradient.
+    gamma   what the standard deviation of each dimension shall reach, in z's units. A number: no gradient.
     eps     added to the variance inside the root; at 0 a constant dimension has no gradient (NaN). A number.
     impl    "auto": Triton for CUDA tensors where it can be used, else "torch". "reference", "torch", "triton"
             force one; a forced "triton" takes CPU tensors if TRITON_INTERPRET=1 was set before import.
-    side    "auto": the N x N Gram matrix if 2N <= D, else the D x D covariance. "gram", "covariance" force
-    one.
+    side    "auto": the N x N Gram matrix if 2N <= D, else the D x D covariance. "gram", "covariance": that.
 
     Returns (variance, covariance), two scalars >= 0 but for rounding, computed and returned in fp32 also
-    under autocast (float64 for float64). Extra memory with side="auto": about three times z in fp32, gradient
-    included.
-    Up to eight columns may dominate the rest by any factor; where more do, side="covariance" keeps the
-    digits.
-    Raises ValueError for a wrong rank, dtype, N < 2 or option; RuntimeError in a double backward, which only
-    impl="reference" has. Source: Bardes et al., arXiv 2105.04906, released code; README lists other
-    conventions.
+    under autocast (float64 for float64). Extra memory with side="auto": about three times z in fp32, with
+    its gradient. Up to eight columns may dominate the rest by any factor; where more do, side="covariance"
+    keeps the digits. ValueError for a wrong rank, dtype, N < 2 or option; RuntimeError in a double backward,
+    which impl="reference" alone has. Source: Bardes et al., arXiv 2105.04906, released code.
     """
     if z.ndim != 2 or not z.is_floating_point():
         raise ValueError(f"variance_covariance takes float embeddings [N, D], got {z.dtype} {list(z.shape)}: "

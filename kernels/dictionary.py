@@ -11,8 +11,7 @@ Arithmetic and bytes. The textbook form keeps p and log p of both views and thei
 of n x c numbers: 700 MB at n = 64, c = 262,144. Streaming over the codes keeps O(n f + c), at the price of
 making the logits three times instead of once: 16 n c f operations, forward and backward, against 8 with the
 logarithms of p kept, which is what a CPU does as long as they fit KEEP. On tensor cores signs are exact in
-bf16, and any fp32 number is exactly the sum of three bf16 numbers: three bf16 products are as good as one in
-fp32.
+bf16, and any fp32 number is exactly the sum of three bf16 numbers: three such products are as good as fp32.
 
 Accumulation is fp32, also inside autocast; float64 stays float64.
 """
@@ -46,8 +45,8 @@ def dictionary_reference(h1, h2, W, temperature, prior="reverse"):
 
 # ---- Derivation --------------------------------------------------------------------------------------------
 # a and b are the assignments of the two views to codes j, l = log a; all logarithms are to base 2 (2^x costs
-# less than e^x), with features that carry log2(e)/t, so that l_ij = h_i . w_j - lse_i. Four numbers a row, or
-# a code, suffice:
+# less than e^x), with features that carry log2(e)/t, so that l_ij = h_i . w_j - lse_i. Four numbers a row or
+# code suffice:
 #
 #   lse_i     log of the softmax' denominator: largest logit + log of the rest, kept apart for the digits
 #   m_j       log mean_i a_ij = logsumexp_i l_ij - log n, from logarithms: every a_.j may underflow
@@ -63,8 +62,7 @@ def dictionary_reference(h1, h2, W, temperature, prior="reverse"):
 #
 # where 2n comes from the mean over rows and views, and dh_i = sum_j ds_ij w_j / t. R needs m, and m needs all
 # rows: three passes over the dictionary, lse | m, E, R | gradient; lse, m, E and R are all that the backward
-# needs. Features are scaled outside of the autograd function, by autograd, which so finds the temperature's
-# gradient as well.
+# needs. Features are scaled outside of the autograd function, by autograd: it has the temperature's gradient.
 
 WORD = 32                                              # signs that come from one hash
 
@@ -673,21 +671,17 @@ class _DictionaryLoss(torch.autograd.Function):
 
 # ---- Public ------------------------------------------------------------------------------------------------
 def dictionary_loss(h1, h2, codes, seed, temperature, prior="reverse", impl="auto"):
-    """FALCON's two terms on `codes` random codes: prior, cross_entropy, fp32 scalars (float64 for float64
-    input).
+    """FALCON's two terms on `codes` random codes: prior, cross_entropy, fp32 scalars (float64 for float64).
 
     h1, h2 [n, f]: features of two views of n images, any float dtype and strides, both with gradients.
     codes, seed: integers, codes >= 1, seed >= 0; the dictionary is dictionary_signs(codes, f, seed).
-    temperature: above 0; no overflow however large the logits. A number, or a tensor of one, which gets its
-    gradient.
-    prior: "reverse", KL(mean p || uniform) as the released code has it, or "forward", -1/c sum_j log mean
-    p_j.
+    temperature: above 0; no overflow however large the logits. A number, or a tensor of one with gradient.
+    prior: "reverse", KL(mean p || uniform) as the released code has it; "forward", -1/c sum_j log mean p_j.
     impl: "auto" (Triton for CUDA tensors), "torch", "triton".
 
-    Both terms are means over the two views; cross_entropy is -1/2 mean_i sum_j (a log b + b log a), no
-    stop-gradient.
-    Memory O(n f + c), and on a CPU the 2 n c logarithms up to 128 MB of them. The torch path holds the signs
-    beside it, c f bytes (in fp32 as long as they are no more than 4 MB), and keeps the last two dictionaries.
+    Both terms are means over the two views; cross_entropy is -1/2 mean_i sum_j (a log b + b log a), without
+    a stop-gradient. Memory O(n f + c), and on a CPU the 2 n c logarithms up to 128 MB of them. The torch path
+    holds the signs beside it, c f bytes (4 c f up to 4 MB), and keeps the last two dictionaries.
     ValueError for shapes, dtypes, devices, options; RuntimeError in a double backward. Source: Sansone et
     al., arXiv 2410.04959, and emsansone/CPLearn.
     """

@@ -258,7 +258,7 @@ def decode_all(files, name, size):
         print(f"decoded images: found in {path}")
         return path
 
-    mode = "L" if all([*for_each(is_gray, files, "looking at")]) else "RGB"
+    mode = "L" if all(for_each(is_gray, files, "looking at")) else "RGB"
     arrays = for_each(partial(decode, size=size, mode=mode), files, "decoding")
     with TemporaryDirectory(prefix=".decoding-", dir=".") as scratch:            # gone if this ends early
         whole = Path(scratch, "images.npy")

@@ -1,5 +1,4 @@
-"""What the kernel files share: whether Triton can be used, on which device, with how many programs, under
-torch.compile."""
+"""What the kernel files share: whether Triton can be used and where, how many programs, torch.compile."""
 import functools
 import os
 import warnings
@@ -98,8 +97,7 @@ def is_hopper(x):
 
 
 def opaque(name, fake):
-    """Decorator: under torch.compile the function is one operator that nobody looks into, elsewhere it is
-    itself.
+    """Decorator: under torch.compile the function is one operator that nobody looks into, else itself.
 
     fake: from the same arguments, empty tensors of the shapes and dtypes that the function returns.
     """
@@ -117,8 +115,7 @@ def opaque(name, fake):
 
 
 def check_temperature(temperature):
-    """ValueError unless it is a number above 0, or a tensor of one, whose value is only looked at on a
-    CPU."""
+    """ValueError unless it is a number above 0, or a tensor of one, whose value only CPUs look at."""
     if not isinstance(temperature, torch.Tensor):
         good = temperature > 0
     elif temperature.numel() != 1:
