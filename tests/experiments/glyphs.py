@@ -3,10 +3,14 @@
     python tests/experiments/glyphs.py --out glyphs.npz                 # a minute on one core
     python vicreg.py --data glyphs.npz --epochs 20
 
-A to Z and 0 to 9 from the 21 plain fonts that matplotlib brings, each in a random font, pose and tint, light on
-dark or dark on light, on a ground of coloured clouds, with grain. Capitals and digits alone: l and I, c and C would
-be one shape. O and 0 stay apart by width, in some fonts by a dot: the hardest pair. Rotation ends at 30 degrees, so
-that 6 and 9, M and W, N and Z do not meet. Training and test images share the fonts.
+A to Z and 0 to 9 from the 21 plain fonts that matplotlib brings, each in a random font, pose and tint, dark on a
+ground of coloured clouds, with grain. Capitals and digits alone: l and I, c and C would be one shape. O and 0 stay
+apart by width, in some fonts by a dot: the hardest pair. Rotation ends at 45 degrees, so that 6 and 9, M and W do not
+meet. Training and test images share the fonts.
+
+What two views of one image share and other images lack is what these methods learn, be it the letter or the ground.
+With stronger clouds or tints, and letters both dark and light, they learnt the ground first: after 3 epochs a linear
+probe found .54 to .58 of the letters, as here, but k-NN .18 to .27 (SimCLR; trials of one seed).
 """
 import argparse
 import string
@@ -36,10 +40,8 @@ SERIES = {  # the fonts' files begin with this, and go on with one of these
     "cm": ["r10", "b10", "ss10", "ti10", "tt10"]}
 CANVAS = 96                                              # pixels of a drawn glyph
 HEIGHT = 60                                              # of them those of an H
-# Clouds of the ground, as many places on a side. All images have the same: what told one ground from another, as a
-# hue or a pattern of its own, would be what two views of an image have in common, and easier to learn than letters.
-OCTAVES = 4, 8, 16
-STRENGTH = 0.11                                          # standard deviation of each
+OCTAVES = 8, 16                                          # clouds of the ground: so many places on a side
+STRENGTH = 0.035                                         # standard deviation of each
 
 
 def draw_glyph(font, character):
@@ -79,19 +81,18 @@ def images(glyphs, labels, size, generator):
     font = torch.randint(len(glyphs), (n,), generator=generator)
     masks = glyphs[font, labels][:, None]                            # [n, 1, CANVAS, CANVAS]
     draw = partial(uniform, masks, generator)
-    angles = draw(-30, 30).deg2rad()
-    scale = draw(0.75, 1.15)                                         # an H has 15 to 23 of 32 pixels
-    shift = draw(-0.3, 0.3, 2)
+    angles = draw(-45, 45).deg2rad()
+    scale = draw(0.55, 1.1)                                          # an H has 11 to 22 of 32 pixels
+    shift = draw(-0.4, 0.4, 2)
     masks = warp(masks, angles, scale, shift, [2 * size] * 2)
     masks = F.avg_pool2d(masks, 2)                                   # smooth edges
 
-    # Ink is added, so that it stands out where the ground is light and where it is dark.
-    sign = torch.where(draw(0, 1) < 0.5, -1., 1.)                    # dark on light, or light on dark
-    tint, tinge = 0.04 * torch.randn(2, n, 3, 1, 1, generator=generator)
-    ground = 0.5 - 0.2 * sign + tint + clouds(n, 1, size, generator) + clouds(n, 3, size, generator)
-    ink = sign * draw(0.45, 0.7) + tinge
+    light = 0.12 * torch.randn(n, 1, 1, 1, generator=generator)
+    tint, tinge = 0.03 * torch.randn(2, n, 3, 1, 1, generator=generator)
+    ground = 0.7 + light + tint + clouds(n, 1, size, generator) + clouds(n, 3, size, generator)
+    ink = draw(0.45, 0.7) + tinge
     grain = 0.03 * torch.randn(n, 3, size, size, generator=generator)
-    x = ground + masks * ink + grain
+    x = ground - masks * ink + grain
     return (255 * x.clamp(0, 1)).round().byte().movedim(1, -1).numpy()
 
 

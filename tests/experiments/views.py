@@ -1,7 +1,7 @@
 """Every method on letters that pixels do not tell apart, with crops and with poses as views: a table.
 
     python tests/experiments/glyphs.py --out glyphs.npz
-    python tests/experiments/views.py --epochs 20                       # goes on where it stopped
+    python tests/experiments/views.py --jobs 2                          # goes on where it stopped
 
 Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/views.
 """
@@ -30,7 +30,7 @@ def spread(probes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", default="20", help="of every run")
+    parser.add_argument("--epochs", default="5", help="of every run")
     parser.add_argument("--data", type=Path, default=Path("glyphs.npz"), help="colour images with labels")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs", "views"))
     args = parser.parse_args()
 
-    common = ["--data", str(args.data), "--epochs", args.epochs, "--device", args.device]
+    common = ["--data", str(args.data.resolve()), "--batch", "32", "--width", "8", "--epochs", args.epochs, "--device", args.device]
     jobs = {}
     for seed in range(args.seeds):                                       # whole tables first, then their spread
         for name, (script, options) in METHODS.items():
