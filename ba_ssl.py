@@ -32,6 +32,7 @@ import math
 import os
 import sys
 import warnings
+import zipfile
 from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
@@ -409,8 +410,9 @@ def train(model, optimizer, data, args, folder, state, meters=None):
                     bar.set_postfix(loss=loss.item())
 
             line = {name: value.item() / (steps * args.accumulate) for name, value in sums.items()}
-            if not math.isfinite(line["loss"]):
-                die(f"the loss is {line['loss']} in epoch {epoch}: start anew, lower --lr, another --out")
+            finite = all(weight.isfinite().all() for weight in model.parameters())
+            if not (finite and math.isfinite(line["loss"])):
+                die(f"loss or weights are not finite in epoch {epoch}: start anew, lower --lr, another --out")
             model.eval()
             if meters:
                 line["meters"] = meters(model)
@@ -445,7 +447,7 @@ def probe(data, h, h_test):
         return {}
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                              # raw pixels go on for minutes, for nothing
+        warnings.simplefilter("ignore")                              # of raw pixels: they go on for minutes
         linear.fit(h, data.labels)
     return {"k-NN": knn_accuracy(h, data.labels, h_test, data.test_labels),
             "linear": linear.score(h_test, data.test_labels)}
@@ -565,26 +567,43 @@ def options(batch, epochs, lr, least_batch=1):
         help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
     add("--width", type=count, default=16, help="channels of the encoder's stem; features are 8 x this")
     add("--depth", type=count, default=1, help="residual blocks in each of three stages")
-    add("--seed", type=bounded(int, 0), default=0, help="of weights, order and views; not of the data")
+    add("--seed", type=bounded(int, 0, 2**63), default=0, help="of weights, order and views; not of the data")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--amp", default="off", choices=["off", "bf16"], help="mixed precision; losses stay fp32")
     add("--compile", action="store_true", help="torch.compile the model; the first step takes a minute")
-    add("--out", help="run folder, new or empty; if not given runs/SCRIPT-1, -2, ...")
-    add("--init", help="a run's folder or encoder.pt: start from its encoder, of its width and depth")
-    add("--resume", help="folder of a run to continue, with its own options")
+    add("--out", type=filled, help="run folder, new or empty; if not given runs/SCRIPT-1, -2, ...")
+    add("--init", type=filled,
+        help="a run's folder or encoder.pt: start from its encoder, of its width and depth")
+    add("--resume", type=filled, help="folder of a run to continue, with its own options")
     return parser
+
+
+def filled(text):
+    """An option's type: any text but none, which an unset variable leaves."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; is a variable unset?")
+    return text
+
+
+def load(path):
+    """A file of torch.save, on the CPU; ValueError if a bit of it has changed, torch does not look."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def parse(parser):
     """The options, and the checkpoint to go on from or None; a resumed run keeps its own options, but for
     --out, which is where it lies now."""
     args = parser.parse_args()
-    if not args.resume:
+    if args.resume is None:
         return args, None
     if sum(word.startswith("--") for word in sys.argv) > 1:
         die("--resume takes no other option: the run keeps its own")
     try:
-        state = torch.load(Path(args.resume, "last.pt"), map_location="cpu", weights_only=True)
+        state = load(Path(args.resume, "last.pt"))
         if state["config"].keys() != vars(args).keys():
             raise ValueError("it is another script's")
     except Exception as error:                                       # missing, cut short, not a checkpoint
@@ -595,8 +614,8 @@ def parse(parser):
 def data_for(args):
     """The data; ends the program if this run cannot take them."""
     try:
-        torch.zeros(1, device=args.device)
-    except Exception as error:                                       # no such device
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:                                       # no such device, or none that computes
         die(f"cannot use --device {args.device} ({str(error).splitlines()[0]}): try --device cpu")
     data = load_data(args.data, args.size, args.channels_last, args.views)
     if len(data.images) < max(2, args.batch * args.accumulate) or len(data.test_images) < 4:
@@ -616,7 +635,7 @@ def encoder_for(args, data):
     if args.init:
         path = Path(args.init)
         try:
-            saved = torch.load(path / "encoder.pt" if path.is_dir() else path, weights_only=True)
+            saved = load(path / "encoder.pt" if path.is_dir() else path)
             encoder = Encoder(**saved["config"])
             encoder.load_state_dict(saved["state_dict"])
         except Exception as error:                                   # missing, cut short, another network's
