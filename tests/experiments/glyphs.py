@@ -104,7 +104,7 @@ def split(glyphs, n, size, seed):
     return np.concatenate(parts), labels.byte().numpy()
 
 
-def contact_sheet(x, labels, path, rows=12, columns=24):
+def contact_sheet(x, labels, path, rows=3, columns=12):
     """The first images, three times as large, each with its class above it."""
     side = 3 * x.shape[1]
     sheet = Image.new("RGB", (columns * (side + 4), rows * (side + 14)), "white")
