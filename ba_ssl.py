@@ -24,7 +24,7 @@ Choices of our own: (1) Fusion acts on each view by itself, just before the enco
 (3) Slots are drawn anew for each view: a convolution over slots that stay could stamp both views of an image
 with its slot's mark and solve NT-Xent without a look at the image. (4) At evaluation the module is dropped.
 (5) SimCLR's settings suit digits: batch 64, AdamW, t = 0.2, views by pose, light, noise. (6) IConE is simpler
-than in icone.py: a table drawn at random, and batch norm for the centring.
+than in icone.py: a table drawn at random, all of it the bank and in AdamW; batch norm for the centring.
 """
 import argparse
 import json
@@ -167,7 +167,10 @@ def falcon_terms(z1, z2, seed, codes=512, eps=1e-8):
 
 
 def icone_terms(z1, z2, table, index, temperature=0.2):
-    """icone.py's terms, with its defaults, for z1, z2 [B, D] of the images index [B] of table [N, D]."""
+    """icone.py's terms for z1, z2 [B, D] of the images index [B] of table [N, D], any lengths of rows.
+
+    Its defaults, but for the bank, which is the table, with gradient: both rows of a pair move, not one.
+    """
     same_shape(z1, z2)
     if index.shape != z1.shape[:1]:
         raise ValueError(f"index must name a row for each of {len(z1)} images, got {[*index.shape]}")
@@ -181,7 +184,7 @@ def icone_terms(z1, z2, table, index, temperature=0.2):
 WEIGHTS = {"simclr": {"nt_xent": 1},
            "vicreg": {"invariance": 25, "variance": 25, "covariance": 1},
            "falcon": {"prior": 1, "cross_entropy": 0.7},
-           "icone": {"alignment": 1, "diversity": 3}}
+           "icone": {"alignment": 1, "diversity": 3}}                # half of icone.py's: see icone_terms
 
 
 class BASSL(nn.Module):

@@ -1,11 +1,18 @@
 """icone.py: the diversity forms and what is known of them, and that no sample depends on the rest of its batch."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import icone
 import vicreg
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def unit(n, d, seed=0):
@@ -27,26 +34,28 @@ def model(data, seed=0, **options):
 # ---- Diversity ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind, orthogonal", [("logsumexp", 0), ("relu2", 0)])
 def test_diversity_of_orthogonal_rows(kind, orthogonal):
-    assert icone.crowding(torch.eye(8).double(), torch.arange(8), kind).item() == pytest.approx(orthogonal, abs=1e-7)
+    u = torch.eye(8).double()
+    assert icone.crowding(u, u, torch.arange(8), kind).item() == pytest.approx(orthogonal, abs=1e-7)
 
 
 @pytest.mark.parametrize("kind, collapsed", [("logsumexp", 1), ("relu2", 1)])
 def test_diversity_of_collapsed_rows(kind, collapsed):
     u = unit(1, 5).expand(9, 5)
-    assert icone.crowding(u, torch.arange(9), kind).item() == pytest.approx(collapsed, rel=1e-6)
+    assert icone.crowding(u, u, torch.arange(9), kind).item() == pytest.approx(collapsed, rel=1e-6)
 
 
 def test_relu2_of_random_directions():
-    assert icone.crowding(unit(2000, 32), torch.arange(2000), "relu2").item() == pytest.approx(1 / 64, rel=.02)
+    u = unit(2000, 32)
+    assert icone.crowding(u, u, torch.arange(2000), "relu2").item() == pytest.approx(1 / 64, rel=.02)
 
 
 def test_relu2_does_not_forbid_orthogonal_clusters():
     u = torch.eye(10).double().repeat(50, 1)                             # ten points, fifty rows in each
-    assert icone.crowding(u, torch.arange(500), "relu2").item() == pytest.approx(1 / 10, rel=.03)
+    assert icone.crowding(u, u, torch.arange(500), "relu2").item() == pytest.approx(1 / 10, rel=.03)
 
 
-def textbook(u, rows, kind, t):
-    s = (u[rows] @ u.T)[torch.arange(len(u)) != rows[:, None]].view(len(rows), len(u) - 1)     # [R, N - 1]
+def textbook(pushing, bank, own, kind, t):
+    s = (pushing @ bank.T)[torch.arange(len(bank)) != own[:, None]].view(len(pushing), len(bank) - 1)
     if kind == "logsumexp":
         return t * (s / t).exp().mean(1).log().mean()
     return s.clamp(min=0).square().mean()
@@ -54,31 +63,75 @@ def textbook(u, rows, kind, t):
 
 @pytest.mark.parametrize("kind", ["logsumexp", "relu2"])
 def test_diversity_and_gradient_equal_the_textbook(kind):
-    table = 3 * unit(20, 6).requires_grad_()
-    u, rows = F.normalize(table), torch.tensor([3, 11, 11, 0])
-    ours, theirs = icone.crowding(u, rows, kind, .2), textbook(u, rows, kind, .2)
+    rows = 3 * unit(4, 6).requires_grad_()
+    pushing, bank, own = F.normalize(rows), unit(20, 6, 1), torch.tensor([3, 11, 11, 0])
+    ours, theirs = icone.crowding(pushing, bank, own, kind, .2), textbook(pushing, bank, own, kind, .2)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-10)
-    a, b = (torch.autograd.grad(-1.7 * value, table, retain_graph=True)[0] for value in (ours, theirs))
+    a, b = (torch.autograd.grad(-1.7 * value, rows, retain_graph=True)[0] for value in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_relu2_gradient_is_the_derived_one():
-    u = unit(30, 5).requires_grad_()
-    gradient, = torch.autograd.grad(icone.crowding(u, torch.arange(30), "relu2"), u)
-    s = (u @ u.T).clamp(min=0).fill_diagonal_(0)
-    torch.testing.assert_close(gradient, 4 / (30 * 29) * s @ u)
+# ---- The table ---------------------------------------------------------------------------------------------
+def test_a_table_that_is_no_larger_than_the_bank_is_the_bank():
+    net = model(images())
+    bank, own = net.bank_for(torch.tensor([2, 7, 11]))
+    assert torch.equal(bank, net.table)
+    assert own.tolist() == [2, 7, 11]
+
+
+def test_the_bank_of_a_large_table_has_distinct_rows_from_all_of_it():
+    net = model(images(50), bank=20)
+    seen = torch.zeros(50)
+    for _ in range(400):
+        net.sample = None
+        bank, own = net.bank_for(torch.arange(50))
+        assert bank.shape == (20, 6) and torch.equal(bank, net.table[net.sample])
+        assert (net.sample.diff() > 0).all()
+        there = torch.isin(torch.arange(50), net.sample)
+        assert torch.equal(net.sample[own[there]], torch.arange(50)[there])
+        assert (own[~there] == 19).all()                                 # as many are left for each
+        seen[net.sample] += 1
+    assert seen.min() >= 100 and seen.max() <= 220                       # 160 each, but for chance
+
+
+def test_the_bank_stays_until_the_step():
+    net = model(images(50), bank=20)
+    first, _ = net.bank_for(torch.tensor([1]))
+    assert torch.equal(net.bank_for(torch.tensor([30]))[0], first)
+    net.step()
+    assert not torch.equal(net.bank_for(torch.tensor([30]))[0], first)
+
+
+def test_a_step_moves_the_rows_of_its_images_and_no_other():
+    data, index = images(), torch.tensor([4, 1, 9])
+    net = model(data, table_lr=.3, weight=2.)
+    before = net.table.clone()
+    views = images(3, 1), images(3, 2)
+    z1, z2 = (F.normalize(net.projector(net.encoder(view))).detach() for view in views)
+    terms, _ = net(*views, index)
+    sum(terms.values()).backward()
+    net.step()
+
+    rows = before[index].requires_grad_()
+    u = F.normalize(rows)
+    loss = 3 * (1 - ((z1 + z2) * u).sum(1).mean() / 2 + 2 * textbook(u, before, index, "logsumexp", .2))
+    gradient, = torch.autograd.grad(loss, rows)                          # of each image's own loss
+    torch.testing.assert_close(net.table[index], F.normalize(rows - .3 * gradient))
+    others = torch.ones(12, dtype=torch.bool).index_fill(0, index, False)
+    assert torch.equal(net.table[others], before[others])
+    assert not net.moving
 
 
 # ---- The model ---------------------------------------------------------------------------------------------
 def test_terms_are_the_formulas():
     data, index = images(), torch.tensor([2, 7])
-    net = model(data, rows=0, view_view=.5, diversity="relu2", weight=2.)
+    net = model(data, view_view=.5, diversity="relu2", weight=2.)
     view1, view2 = images(2, 1), images(2, 2)
     terms, notes = net(view1, view2, index)
     z1, z2 = (F.normalize(net.projector(net.encoder(view))) for view in (view1, view2))
-    u = F.normalize(net.table)
+    u = net.table
     assert terms["alignment"].item() == pytest.approx((1 - ((z1 + z2) * u[index]).sum(1).mean() / 2).item())
-    assert terms["diversity"].item() == pytest.approx(2 * textbook(u, torch.arange(12), "relu2", 0).item())
+    assert terms["diversity"].item() == pytest.approx(2 * textbook(u[index], u, index, "relu2", 0).item())
     assert terms["view_view"].item() == pytest.approx(.5 * (1 - (z1 * z2).sum(1).mean()).item())
     assert notes["cosine_to_all"].item() == pytest.approx((torch.cat([z1, z2]) @ u.T).mean().item())
 
@@ -87,15 +140,17 @@ def test_the_table_starts_at_the_encoders_centred_embeddings():
     data = images()
     net = model(data).float().eval()
     data = data.float()
-    torch.testing.assert_close(net.table.data, net.projector(net.encoder(data)).detach(), rtol=1e-5, atol=1e-5)
-    assert net.table.mean(0).abs().max() < 1e-5
+    z = net.projector(net.encoder(data))                                 # the centre takes their mean off
+    torch.testing.assert_close(net.table, F.normalize(z).detach(), rtol=1e-4, atol=1e-4)
+    assert z.mean(0).abs().max() < 1e-5
     assert (net.projector[-1].mean != 0).any()
 
 
 def test_the_table_can_start_at_random():
     net = model(images())
     net.start_table(images(), table_init="normal")
-    assert net.table.std().item() == pytest.approx(0.02, rel=0.3)
+    assert (net.table @ net.table.T).fill_diagonal_(0).mean().abs() < .2
+    torch.testing.assert_close(net.table.norm(dim=1), torch.ones(12).double())
 
 
 def test_a_diversity_that_is_none_is_named():
@@ -116,10 +171,11 @@ def test_no_sample_sees_another_one_of_its_batch():
         view1[2], view2[2], index[2] = images(9, 3)[last], images(9, 4)[last], 9 - last
         views = view1.requires_grad_(), view2.requires_grad_()
         alignment = net(*views, index)[0]["alignment"]
-        gradients.append(torch.autograd.grad(alignment, (*views, net.table)))
-    (a1, a2, a), (b1, b2, b) = gradients
-    assert torch.equal(a1[:2], b1[:2]) and torch.equal(a2[:2], b2[:2]) and torch.equal(a[[4, 1]], b[[4, 1]])
-    assert not torch.equal(a1[2], b1[2])
+        (_, rows), = net.moving
+        gradients.append(torch.autograd.grad(alignment, (*views, rows)))
+    for a, b in zip(*gradients):
+        assert torch.equal(a[:2], b[:2])
+        assert not torch.equal(a[2], b[2])
 
 
 def updated(net, batches, views, index):
@@ -130,15 +186,15 @@ def updated(net, batches, views, index):
         (sum(terms.values()) / len(batches)).backward()
     optimizer.step()
     if isinstance(net, icone.IConE):
-        net.projector[-1].step()
+        net.step()
     return net.state_dict()
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-def test_accumulated_batches_of_one_equal_the_whole_batch(rows):
+@pytest.mark.parametrize("bank", [5, 12])
+def test_accumulated_batches_of_one_equal_the_whole_batch(bank):
     data, views, index = images(), (images(8, 1), images(8, 2)), torch.arange(8)
-    whole = updated(model(data, rows=rows), [index], views, index)
-    ones = updated(model(data, rows=rows), index.split(1), views, index)
+    whole = updated(model(data, bank=bank), [index], views, index)
+    ones = updated(model(data, bank=bank), index.split(1), views, index)
     for name in whole:
         torch.testing.assert_close(ones[name], whole[name], rtol=1e-10, atol=1e-12)
 
@@ -161,3 +217,45 @@ def test_centre_follows_the_mean_of_what_it_saw():
     torch.testing.assert_close(centre.mean, (1 - .99 ** 2) * x.mean(0))
     torch.testing.assert_close(centre(x), x - centre.mean)
     assert centre.count == 0 and not centre.total.any()
+
+
+# ---- Its cost ----------------------------------------------------------------------------------------------
+STEPS = """
+import resource, statistics, sys, time
+import torch
+from torch.nn.functional import normalize
+import icone
+
+torch.set_num_threads(1)
+for count in (1437, 10_000, 50_000, 1_000_000):
+    model = icone.IConE(torch.nn.Flatten(), 128, count)
+    model.start_table(torch.zeros(2, 128).expand(count, -1) + 1, "normal")
+    model.train()
+    for batch in (1, 64):
+        x = torch.randn(batch, 128)
+        seconds = []
+        for _ in range(60):
+            index = torch.randint(count, (batch,))
+            start = time.perf_counter()
+            terms, _ = model(x, x, index)
+            sum(terms.values()).backward()
+            model.step()
+            seconds.append(time.perf_counter() - start)
+        print(count, batch, 1e3 * statistics.median(seconds[10:]), flush=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+@pytest.mark.slow
+def test_a_step_costs_the_same_at_a_million_rows(capsys):
+    """Beside an encoder that does nothing, on one thread; the start of the table is in the memory."""
+    done = subprocess.run([sys.executable, "-c", STEPS], cwd=ROOT, capture_output=True, text=True, check=True)
+    *lines, gigabytes = done.stdout.splitlines()
+    took = {(int(count), int(batch)): float(ms) for count, batch, ms in map(str.split, lines)}
+    with capsys.disabled():
+        print("".join(f"\n{count:9,} rows, batch {batch:2}: {ms:5.2f} ms" for (count, batch), ms in took.items()))
+        print(f"resident at most {float(gigabytes):.2f} GB")
+    for batch in (1, 64):
+        assert took[1_000_000, batch] <= 1.3 * took[10_000, batch]
+    assert took[1_000_000, 1] <= 3
+    assert float(gigabytes) <= 2.2
