@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from judge import error, nan_padded
 from kernels.benchmark import peak_memory
 from kernels.bank import (bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk,
                           triton)
@@ -52,16 +53,6 @@ def run(function, q, bank, *options, wanted=(True, True), upstream=-1.7):
     if any(wanted):
         value.backward(torch.full_like(value, upstream))
     return value.detach(), q.grad, bank.grad
-
-
-def error(got, truth):
-    return ((got.double() - truth).norm() / (truth.norm() if truth.norm() else 1)).item()
-
-
-def nan_padded(x):
-    storage = torch.full((x.shape[0] + 3, x.shape[1] + 5), torch.nan, dtype=x.dtype, device=x.device)
-    storage[1:-2, 2:-3] = x
-    return storage[1:-2, 2:-3]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

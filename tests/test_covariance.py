@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from judge import error, nan_padded
 from kernels import variance_covariance
 from kernels.benchmark import facebookresearch_form, peak_memory
 from kernels.launch import triton
@@ -35,15 +36,7 @@ def run(function, z, upstream=UPSTREAM, **options):
 
 def errors(got, truth):
     """Relative error of variance, covariance and gradient; a term that is zero in truth counts absolutely."""
-    return [((g.double() - t).norm() / (t.norm() if t.norm() else 1)).item() for g, t in zip(got, truth)]
-
-
-def nan_padded(z):
-    """The same values as a strided window into storage that is NaN everywhere else."""
-    n, d = z.shape
-    storage = torch.full((n + 5, d + 7), torch.nan, dtype=z.dtype, device=z.device)
-    storage[2:2 + n, 3:3 + d] = z
-    return storage[2:2 + n, 3:3 + d]
+    return [error(g, t) for g, t in zip(got, truth)]
 
 
 @pytest.mark.parametrize("side", ["gram", "covariance"])

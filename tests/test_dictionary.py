@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from judge import error, nan_padded
 from kernels import dictionary
 from kernels.benchmark import peak_memory
 from kernels.dictionary import dictionary_loss, dictionary_reference, dictionary_signs
@@ -44,16 +45,6 @@ def run(function, h, upstream=(1.3, -.7), wanted=(True, True)):
     values = function(*h)
     sum(u * v for u, v in zip(upstream, values)).backward()
     return [*(v.detach() for v in values), *(x.grad for x in h)]
-
-
-def error(got, truth):
-    return ((got.double() - truth).norm() / (truth.norm() if truth.norm() else 1)).item()
-
-
-def nan_padded(x):
-    storage = torch.full((x.shape[0] + 3, x.shape[1] + 5), torch.nan, dtype=x.dtype, device=x.device)
-    storage[1:-2, 2:-3] = x
-    return storage[1:-2, 2:-3]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
