@@ -260,11 +260,15 @@ def decode_all(files, name, size):
 
     mode = "L" if all(for_each(is_gray, files, "looking at")) else "RGB"
     arrays = for_each(partial(decode, size=size, mode=mode), files, "decoding")
-    with TemporaryDirectory(prefix=".decoding-", dir=".") as scratch:            # gone if this ends early
-        whole = Path(scratch, "images.npy")
-        write_array(whole, arrays, len(files))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole.replace(path)
+    try:
+        with TemporaryDirectory(prefix=".decoding-", dir=".") as scratch:        # gone if this ends early
+            whole = Path(scratch, "images.npy")
+            write_array(whole, arrays, len(files))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole.replace(path)
+    except OSError as error:                                         # a file that is broken raises ValueError
+        raise ValueError(f"cannot write what {len(files)} files decode to below {Path.cwd()} "
+                         f"({error.strerror}): make room, a smaller --size, or start in another folder")
     print(f"decoded images: kept in {path}; made anew where a file is added, removed or changed")
     return path
 

@@ -3,6 +3,7 @@
 Each test says its command and what is on the disk in the lines above it; `run` is what came of it. All runs that
 the chosen tests need are made before the first of them, as many at a time as there are cores.
 """
+import errno
 import os
 import pickle
 import re
@@ -741,6 +742,20 @@ def test_another_backbone_takes_the_encoders_place(tmp_path):
     done = forked.run(tmp_path / "vicreg.py", f"--data small.npz {SMALL}".split(), tmp_path)
     assert done.returncode == 0, done.stderr
     assert np.load(tmp_path / "runs" / "vicreg-1" / "features.npz")["train_features"].shape == (32, 512)
+
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, arrays, count):
+        path.write_bytes(next(arrays).tobytes())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_classes(tmp_path / "photos", "cat", "dog", count=4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kernels.images, "write_array", full)
+    with pytest.raises(ValueError, match=r"cannot write what 8 files decode to .*No space left.*another folder"):
+        kernels.images.read_images("photos")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
 # ---- Much data ---------------------------------------------------------------------------------------------
