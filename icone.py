@@ -551,7 +551,7 @@ def filled(text):
 
 
 def load(path):
-    """A file of torch.save, on the CPU; ValueError if a bit of it has changed, torch does not look."""
+    """A file of torch.save, on the CPU; ValueError if a bit has changed: torch does not look."""
     with zipfile.ZipFile(path) as file:
         damaged = file.testzip()
     if damaged:

@@ -38,7 +38,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs", "views"))
     args = parser.parse_args()
 
-    common = ["--data", str(args.data.resolve()), "--batch", "32", "--width", "8", "--epochs", args.epochs, "--device", args.device]
+    common = ["--data", str(args.data.resolve()), "--batch", "32", "--width", "8"]
+    common += ["--epochs", args.epochs, "--device", args.device]
     jobs = {}
     for seed in range(args.seeds):                                       # whole tables first, then their spread
         for name, (script, options) in METHODS.items():
