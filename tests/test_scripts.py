@@ -232,10 +232,11 @@ def test_a_checkpoint_with_one_bit_changed_is_refused_or_holds_the_same(tmp_path
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
         try:
             state = vicreg.load(path)
-            assert torch.equal(state["weights"], weights)
-            assert state["history"] == [{"loss": 0.5}]
         except Exception:                                                # as those who call load() take it
             refused += 1
+            continue
+        assert torch.equal(state["weights"], weights)
+        assert state["history"] == [{"loss": 0.5}]
     assert refused >= 190
 
 
