@@ -137,9 +137,10 @@ class Encoder(nn.Module):
         self.features = 8 * width
         conv = nn.Conv2d if axes == 2 else nn.Conv3d
         kernel, stride = (7, 2) if large else (3, 1)
-        self.stem = nn.Sequential(conv_norm(conv, channels, width, kernel, stride), nn.ReLU())
-        if large:
-            self.stem.append(nn.MaxPool2d(3, 2, 1) if axes == 2 else nn.MaxPool3d(3, 2, 1))
+        self.stem = conv_norm(conv, channels, width, kernel, stride)
+        if large:                                                    # before the norm: a quarter of its work
+            self.stem.insert(1, nn.MaxPool2d(3, 2, 1) if axes == 2 else nn.MaxPool3d(3, 2, 1))
+        self.stem.append(nn.ReLU())
         self.stages = nn.Sequential()
         for _ in range(3):
             for stride in [2] + [1] * (depth - 1):                   # 2 halves the canvas, doubles the width

@@ -86,14 +86,11 @@ def posed_view(x, generator):
 LUMA = 0.299, 0.587, 0.114             # how much of brightness the eye takes from red, green, blue
 
 
-def luma(x):
-    """Brightness of x [N, 3, H, W] -> [N, 1, H, W]."""
-    weights = x.new_tensor(LUMA)
-    return torch.einsum("nchw, c -> nhw", x, weights)[:, None]
-
-
 def random_crop(x, generator):
-    """A box of 8 to 100 % of the area of each of x [N, C, H, W], sides at most 4 : 3, brought to H x W."""
+    """A box of 8 to 100 % of the area of each of x [N, C, H, W], sides at most 4 : 3, brought to H x W.
+
+    Half of the boxes are read from right to left, which is a flip.
+    """
     draw = partial(uniform, x, generator)
     area = draw(0.08, 1)
     stretch = math.log(4 / 3)
@@ -103,29 +100,36 @@ def random_crop(x, generator):
     half_a_pixel = 1 / x.shape[-1]
     room = (1 - box) * (1 - half_a_pixel)                            # what lies outside would be black
     centre = room * draw(-1, 1, 2)
+    side = draw(-1, 1).sign()
+    box = box * torch.cat([side, torch.ones_like(side)], 1)
     no_turn = torch.zeros_like(area)
     return warp(x, no_turn, 1 / box, -centre / box, x.shape[2:])
 
 
-def turn_hue(x, angle):
-    """Turn the colours of x [N, 3, H, W] about the gray axis by angle [N, 1, 1, 1], radians."""
-    gray = x.mean(1, keepdim=True)
-    across = x.roll(1, 1) - x.roll(-1, 1)
-    across = across / math.sqrt(3)                                   # gray axis x colour
-    return gray + (x - gray) * angle.cos() + across * angle.sin()
+def random_colours(x, generator):
+    """Jitter of x [N, 3, H, W] in four fifths: brightness, contrast, saturation, hue; gray in a fifth.
 
+    Each step is linear in the colours of a pixel, so all are one 3 x 3 matrix and one offset a sample. What
+    leaves 0 to 1 is cut at the end, not after each step.
+    """
+    def draw(low, high):
+        return uniform(x, generator, low, high).flatten(1)[:, None]  # [N, 1, 1], beside matrices
 
-def jitter(x, generator):
-    """Brightness, contrast, saturation and hue of x [N, 3, H, W], in this order."""
-    draw = partial(uniform, x, generator)
-    x = x * draw(0.6, 1.4)
-    x = x.clamp(0, 1)
-    mean = luma(x).mean((2, 3), keepdim=True)
-    x = torch.lerp(mean, x, draw(0.6, 1.4))
-    x = x.clamp(0, 1)
-    x = torch.lerp(luma(x), x, draw(0.8, 1.2))
-    x = turn_hue(x, 2 * math.pi * draw(-0.1, 0.1))
-    return x.clamp(0, 1)
+    eye = torch.eye(3, device=x.device)
+    luma = x.new_tensor(LUMA).expand(3, 3)                           # colours to three times their brightness
+    across = eye.roll(1, 0) - eye.roll(1, 1)                         # across the gray axis: turns hue
+    brightness, contrast, saturation = draw(0.6, 1.4), draw(0.6, 1.4), draw(0.8, 1.2)
+    turn = 2 * math.pi / math.sqrt(3) * draw(-0.1, 0.1)
+
+    mean = luma @ x.mean((2, 3))[:, :, None]                         # [N, 3, 1]
+    offset = (1 - contrast) * brightness * mean
+    colours = torch.matrix_exp(turn * across) @ torch.lerp(luma, eye, saturation)
+    colours = contrast * brightness * colours
+    jittered = draw(0, 1) < 0.8
+    offset = offset * jittered
+    colours = torch.where(jittered, colours, eye)
+    colours = torch.where(draw(0, 1) < 0.2, luma @ colours, colours)
+    return torch.baddbmm(offset, colours, x.flatten(2)).clamp_(0, 1).view_as(x)
 
 
 def blur(x, sigma):
@@ -149,16 +153,15 @@ def cropped_view(x, generator):
     Ranges and rates of BYOL, arXiv 2006.07733, table 6, which VICReg took over. Our reading: blur and
     solarisation at the mean of its two views' rates; colour jitter in a fixed order; hue about the gray axis.
     """
-    draw = partial(uniform, x, generator)
-
-    def sometimes(rate, changed):
-        chosen = draw(0, 1) < rate
-        return torch.where(chosen, changed, x)
-
     x = random_crop(x, generator)
-    x = sometimes(0.5, x.flip(-1))
-    x = sometimes(0.8, jitter(x, generator))
-    x = sometimes(0.2, luma(x))
-    x = sometimes(0.55, blur(x, draw(0.1, 2)))
-    solarised = torch.where(x < 0.5, x, 1 - x)
-    return sometimes(0.1, solarised)
+    x = random_colours(x, generator)
+
+    def sometimes(rate, change):
+        chosen = uniform(x, generator, 0, 1).flatten() < rate
+        chosen = chosen.nonzero().flatten()
+        if len(chosen):                                              # a blur of no image is an error
+            x[chosen] = change(x[chosen])
+
+    sometimes(0.55, lambda x: blur(x, uniform(x, generator, 0.1, 2)))
+    sometimes(0.1, lambda x: torch.minimum(x, 1 - x))                # solarise: invert what is brighter than half
+    return x

@@ -1,0 +1,93 @@
+"""Crops and colours: what each step does, and how often, measured on the images that come out."""
+import math
+
+import pytest
+import torch
+
+from kernels import views
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_views_of_photographs_lie_in_0_to_1_differ_and_can_be_repeated():
+    x = torch.rand(40, 3, 32, 32, generator=seeded())
+    before = x.clone()
+    first, second = views.two_views(x, seeded(1), views.cropped_view)
+    again, _ = views.two_views(x, seeded(1), views.cropped_view)
+    assert torch.equal(first, again) and torch.equal(x, before)
+    assert first.shape == x.shape and first.isfinite().all()
+    assert first.min() > -1e-5 and first.max() < 1 + 1e-5
+    assert ((first - second).abs().flatten(1).amax(1) > 0.01).all()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_batch_of_which_no_image_is_blurred_works(n):
+    for seed in range(8):
+        assert views.cropped_view(torch.rand(n, 3, 9, 14), seeded(seed)).shape == (n, 3, 9, 14)
+
+
+def test_crops_show_8_to_100_percent_of_the_image_half_of_them_mirrored():
+    n, side = 4000, 16
+    place = (torch.arange(side) + 0.5) / side
+    x = torch.stack(torch.broadcast_tensors(place, place[:, None], torch.ones(side, side))).repeat(n, 1, 1, 1)
+    across, down, inside = views.random_crop(x, seeded()).unbind(1)
+    assert inside.min() > 0.999                                      # no black from beyond the border
+    width = across[:, side // 2, -2] - across[:, side // 2, 1]       # of 13 of 16 pixels, away from the border
+    height = down[:, -2, side // 2] - down[:, 1, side // 2]
+    assert abs((width < 0).double().mean() - 0.5) < 0.03 and (height > 0).all()
+    area = (width * height).abs() * (16 / 13) ** 2
+    assert 0.07 < area.min() < 0.1 and 0.9 < area.max() < 1.01
+    assert abs(area.mean() - 0.54) < 0.03
+    ratio = (width / height).abs().log()
+    assert ratio.abs().max() < math.log(4 / 3) + 0.15
+
+
+def by_hand(x, brightness, contrast, saturation, angle):
+    """The four steps one after the other in float64, without cutting; the hue by a rotation of its own."""
+    luma = torch.tensor(views.LUMA, dtype=torch.float64)
+    x = brightness * x.double()
+    mean = (luma[:, None, None] * x).sum(0).mean()
+    x = contrast * x + (1 - contrast) * mean
+    gray = (luma[:, None, None] * x).sum(0, keepdim=True)
+    x = saturation * x + (1 - saturation) * gray
+    axis = torch.ones(3, dtype=torch.float64) / math.sqrt(3)
+    turned = torch.linalg.cross(axis.expand_as(x.movedim(0, -1)), x.movedim(0, -1), dim=-1).movedim(-1, 0)
+    along = axis[:, None, None] * (axis[:, None, None] * x).sum(0)
+    return along + (x - along) * math.cos(angle) + turned * math.sin(angle)
+
+
+def test_colours_are_brightness_contrast_saturation_and_hue_one_after_the_other(monkeypatch):
+    """The numbers drawn are replaced, so that each image's four are known; mid-gray images need no cutting."""
+    drawn = {(0.6, 1.4): iter([0.9, 1.2]), (0.8, 1.2): iter([0.85]), (-0.1, 0.1): iter([0.07]),
+             (0, 1): iter([0.5, 0.9])}                               # jittered, not gray
+    monkeypatch.setattr(views, "uniform", lambda x, generator, low, high: torch.full(
+        (len(x), 1, 1, 1), next(drawn[low, high])))
+    x = 0.4 + 0.2 * torch.rand(3, 3, 5, 7, generator=seeded())
+    made = views.random_colours(x, None)
+    for image, expected in zip(made, x):
+        torch.testing.assert_close(image.double(), by_hand(expected, 0.9, 1.2, 0.85, 2 * math.pi * 0.07),
+                                   atol=1e-6, rtol=0)
+
+
+def test_a_fifth_keeps_its_colours_and_a_fifth_turns_gray():
+    x = torch.rand(5000, 3, 4, 4, generator=seeded())
+    made = views.random_colours(x, seeded(1))
+    same = (made - x).abs().flatten(1).amax(1) < 1e-6
+    gray = (made - made.mean(1, keepdim=True)).abs().flatten(1).amax(1) < 1e-6
+    assert abs(same.double().mean() - 0.2 * 0.8) < 0.02
+    assert abs(gray.double().mean() - 0.2) < 0.02
+
+
+def test_blur_is_the_gaussian_sum_and_keeps_what_is_flat():
+    x = torch.rand(2, 3, 40, 40, generator=seeded(), dtype=torch.float64)
+    sigma = torch.tensor([0.5, 1.7], dtype=torch.float64).view(2, 1, 1, 1)
+    made = views.blur(x, sigma)
+    place = torch.arange(-2, 3)                                      # a tenth of 40: 2 on either side
+    for image, s, expected in zip(x, sigma.flatten(), made):
+        weights = torch.exp(-(place[:, None] ** 2 + place ** 2) / (2 * s * s))
+        window = image[1, 10:15, 20:25]
+        assert abs((weights * window).sum() / weights.sum() - expected[1, 12, 22]) < 1e-12
+    flat = torch.full((1, 3, 8, 8), 0.3)
+    torch.testing.assert_close(views.blur(flat, torch.ones(1, 1, 1, 1)), flat)
