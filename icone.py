@@ -32,15 +32,18 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
+import time
 import warnings
-import zipfile
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads soon sleep,
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")          # so that other programs may work
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C while the packages load: no traceback
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -52,9 +55,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm import tqdm
 
-from kernels import bank_logsumexp, bank_repulsion, collapse_panel, knn_accuracy, verdict
-from kernels.images import Data, encode, in_parts, limited, pixels, read_images, some
+from kernels import bank_logsumexp, bank_repulsion, collapse_panel, knn_accuracy, runs, verdict
+from kernels.images import Data, digest, encode, in_parts, limited, pixels, read_images, some
 from kernels.pictures import plot_curves, plot_embedding, plot_neighbours, plot_views
+from kernels.runs import die
 from kernels.views import cropped_view, posed_view, two_views, uniform, warp
 
 
@@ -174,7 +178,9 @@ class IConE(nn.Module):
 
     def forward(self, view1, view2, index):
         views = torch.cat([view1, view2])                            # [2B, C, *S]
-        z = self.projector(self.encoder(views))
+        h1, h2 = self.encoder(views).chunk(2)
+        h = torch.cat([runs.gather(h1), runs.gather(h2)])            # [2B, E]
+        z = self.projector(h)
         z = F.normalize(z.to(self.table))                            # [2B, D]
         u = self.rows_of(index)                                      # [B, D]
         bank, own = self.bank_for(index)
@@ -205,6 +211,8 @@ class IConE(nn.Module):
 #     model.projector     nn.Module: h [N, E] -> embeddings z [N, D]
 #     model(view1, view2, index) -> terms, notes      views [B, C, *S] of the training images index [B];
 #                         dicts of scalars: the sum of the terms is minimised, notes are only logged
+# Under torchrun a process has views of its own B / processes images, and all of index; runs.gather(h) gives
+# the features of all, so that projector and terms are those of the whole batch, in every process.
 # ---- Encoder -----------------------------------------------------------------------------------------------
 def conv_norm(conv, width_in, width, kernel, stride=1):
     """Convolution and GroupNorm, which looks at one sample at a time."""
@@ -258,12 +266,6 @@ class Encoder(nn.Module):
 
 
 # ---- Data and augmentation ---------------------------------------------------------------------------------
-def die(message):
-    """How a user's mistake ends: one line, whatever the message quotes, and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def posed_digits(axes):
     """scikit-learn's 1,797 handwritten digits, each in one pose of its own, whatever the run's seed.
 
@@ -317,8 +319,9 @@ def train(model, optimizer, data, args, folder, state, meters=None):
     """Minimise the sum of the model's terms -> history, a dict of means for each epoch.
 
     One optimiser step takes `accumulate` batches. The checkpoint last.pt and metrics.jsonl, the history, are
-    written at the start and after each epoch. state: the checkpoint to go on from, or None. meters(model in
-    eval mode) -> {name: number}, put into the epoch's line as "meters" if given.
+    written at the start, after each epoch, every `save_minutes` and at a signal, which ends the program.
+    state: the checkpoint to go on from, or None. meters(model in eval mode) -> {name: number}, put into the
+    epoch's line as "meters" if given.
     """
     images = data.images
     device = next(model.parameters()).device
@@ -331,54 +334,82 @@ def train(model, optimizer, data, args, folder, state, meters=None):
     peak = math.sqrt(step_size / 128)
     factor = partial(learning_rate, steps=total, peak=peak)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    generator = torch.Generator(device).manual_seed(args.seed)       # of order and views
+    processes = runs.processes()
+    generator = torch.Generator(device)                              # of views and, in process 0, of the order
+    generator.manual_seed((args.seed * processes + runs.rank()) % 2**63)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     history = []
+    begun = None                                                     # an epoch's order, steps done, sums
     if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_rng"])                      # what models themselves draw, on the CPU
-        history = state["history"]
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["torch_rng"])                  # what models themselves draw, on the CPU
+            if runs.rank() < len(state["generators"]):
+                generator.set_state(state["generators"][runs.rank()])
+            history, begun = state["history"], state["begun"]
+            done = len(history) * steps + (begun["step"] if begun else 0)
+            if schedule.last_epoch != done:
+                raise ValueError(f"steps {done} and {schedule.last_epoch}")
+        except Exception as error:                                   # parts missing, of other shapes
+            die(f"cannot resume {folder}, its last.pt does not fit ({error}): start a new run")
 
     def checkpoint():
+        losses = [line["loss"] for line in history[-1:]]
+        if not (np.isfinite(losses).all() and all(weight.isfinite().all() for weight in model.parameters())):
+            die(f"loss or weights are not finite after epoch {len(history)}: start anew, with a lower --lr")
         whole = {name: part.state_dict() for name, part in parts.items()}
-        whole.update(config=vars(args), history=history, generator=generator.get_state(),
-                     torch_rng=torch.get_rng_state())
-        torch.save(whole, folder / "last.tmp")
-        (folder / "last.tmp").replace(folder / "last.pt")            # a kill leaves the old one or the new
-        lines = [*map(json.dumps, history), ""]
-        (folder / "metrics.jsonl").write_text("\n".join(lines))
+        whole.update(config=vars(args), history=history, begun=begun, torch_rng=torch.get_rng_state(),
+                     generators=runs.everyone(generator.get_state()))
+        if runs.rank() == 0:
+            with runs.whole(folder / "last.pt") as file:
+                torch.save(whole, file)
+            lines = [*map(json.dumps, history), ""]
+            runs.write_text(folder / "metrics.jsonl", "\n".join(lines))
+        return time.monotonic()
 
-    checkpoint()
+    saved = checkpoint()
     if args.compile:
         model.compile()
-    with tqdm(total=total, initial=len(history) * steps, unit="step") as bar:
+    run_model = runs.parallel(model)
+    share = args.batch // processes
+    own = slice(runs.rank() * share, (runs.rank() + 1) * share)      # of a batch
+    bar = tqdm(total=total, initial=schedule.last_epoch, unit="step", disable=runs.rank() > 0)
+    with bar, runs.noted_signals() as caught:
         for epoch in range(len(history) + 1, args.epochs + 1):
             model.train()
-            sums = defaultdict(float)
-            order = torch.randperm(len(images), generator=generator, device=device)[:steps * step_size]
-            for batches in order.view(steps, args.accumulate, args.batch):
+            if not begun:
+                order = torch.randperm(len(images), generator=generator, device=device)[:steps * step_size]
+                begun = {"order": runs.everyone(order.cpu())[0], "step": 0, "sums": {}}
+            sums = begun["sums"]
+            order = begun["order"].to(device).view(steps, args.accumulate, args.batch)
+            for batches in order[begun["step"]:]:
                 optimizer.zero_grad()
                 for index in batches:                                # the numbers of `batch` images
-                    x = pixels(images, index.cpu(), device)
+                    x = pixels(images, index[own].cpu(), device)
                     views = two_views(x, generator, data.view)
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                        terms, notes = model(*views, index)
+                        terms, notes = run_model(*views, index)
                     loss = sum(terms.values())
                     (loss / args.accumulate).backward()
                     for name, value in {"loss": loss, **terms, **notes}.items():
-                        sums[name] += torch.as_tensor(value).detach()              # not .item(): no waiting
+                        value = torch.as_tensor(value).detach()      # not .item(): no waiting
+                        sums[name] = sums.get(name, 0) + value
                 optimizer.step()
                 schedule.step()
                 bar.update()
                 if bar.n % 10 == 0:
                     bar.set_postfix(loss=loss.item())
+                begun["step"] += 1
+                late = time.monotonic() - saved > 60 * args.save_minutes
+                late, stop = runs.agreed([late, max(caught, default=0)], device)
+                if late or stop:
+                    saved = checkpoint()
+                if stop:                                             # the signal's number
+                    bar.close()
+                    runs.leave(stop, folder)
 
             line = {name: value.item() / (steps * args.accumulate) for name, value in sums.items()}
-            finite = all(weight.isfinite().all() for weight in model.parameters())
-            if not (finite and math.isfinite(line["loss"])):
-                die(f"loss or weights are not finite in epoch {epoch}: start anew, lower --lr, another --out")
             model.eval()
             if meters:
                 line["meters"] = meters(model)
@@ -391,7 +422,8 @@ def train(model, optimizer, data, args, folder, state, meters=None):
                     h = encode(model.encoder, few.images, device=device)
                     line["knn"] = knn_accuracy(h, few.labels, h_test, few.test_labels)
             history.append({"epoch": epoch, **line})
-            checkpoint()
+            begun = None
+            saved = checkpoint()
     return history
 
 
@@ -445,10 +477,11 @@ def begin(model, data, folder):
     channels, *sides = data.images.shape[1:]
     canvas = " x ".join(map(str, sides))
     size = sum(parameter.numel() for parameter in model.parameters())
+    if runs.rank() == 0:
+        plot_views(data, folder)
     print(f"data: {len(data.images):,} train and {len(data.test_images):,} test images, {channels} "
           f"channel{'s' * (channels > 1)}, {canvas} ({len(sides)}-D), {len(data.classes) or 'no'} classes; "
           f"{size:,} parameters on {next(model.parameters()).device}; {folder}")
-    plot_views(data, folder)
     return examine(model, data)
 
 
@@ -462,6 +495,8 @@ def print_table(rows):
 
 def report(model, data, untrained, history, folder, **more_probes):
     """How every run ends: probes, panels, a verdict; report.json, encoder.pt, pictures and features.npz."""
+    if runs.rank():
+        return
     trained = examine(model, data)
     few = limited(data)
     pixel_rows = [encode(small_pixels, images) for images in (few.images, few.test_images)]
@@ -470,9 +505,10 @@ def report(model, data, untrained, history, folder, **more_probes):
     panels = {"untrained z": untrained.panels["projector z"], **trained.panels}
     sentence = verdict(panels["projector z"], panels["untrained z"])
     text = json.dumps({"probes": probes, "panels": panels, "verdict": sentence}, indent=1)
-    (folder / "report.json").write_text(text)
+    runs.write_text(folder / "report.json", text)
     encoder = {"config": getattr(model.encoder, "config", {}), "state_dict": model.encoder.state_dict()}
-    torch.save(encoder, folder / "encoder.pt")                       # Encoder(**config) makes it anew
+    with runs.whole(folder / "encoder.pt") as file:
+        torch.save(encoder, file)                                    # Encoder(**config) makes it anew
 
     if data.labels is not None:
         print_table(probes)
@@ -491,7 +527,8 @@ def report(model, data, untrained, history, folder, **more_probes):
     labels = {}
     if data.labels is not None:
         labels = {"train_labels": data.labels, "test_labels": data.test_labels, "classes": data.classes}
-    np.savez(folder / "features.npz", train_features=h, test_features=h_test, **labels)
+    with runs.whole(folder / "features.npz") as file:
+        np.savez(file, train_features=h, test_features=h_test, **labels)
     print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
@@ -515,7 +552,7 @@ def options(batch, epochs, lr, least_batch=1):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = die
-    parser.set_defaults(encoder=None)                                # its config, once it is made
+    parser.set_defaults(encoder=None, digest=None)                   # its config, the data's, once there
     add = parser.add_argument
     count = bounded(int, 1)
     add("--data", default="digits",
@@ -538,6 +575,8 @@ def options(batch, epochs, lr, least_batch=1):
     add("--amp", default="off", choices=["off", "bf16"], help="mixed precision; losses stay fp32")
     add("--compile", action="store_true", help="torch.compile the model; the first step takes a minute")
     add("--out", type=filled, help="run folder, new or empty; if not given runs/SCRIPT-1, -2, ...")
+    add("--save-minutes", type=bounded(float, 0), default=10.,
+        help="a checkpoint within an epoch is no older than this; there is one after each epoch")
     add("--init", type=filled,
         help="a run's folder or encoder.pt: start from its encoder, of its width and depth")
     add("--resume", type=filled, help="folder of a run to continue, with its own options")
@@ -551,15 +590,6 @@ def filled(text):
     return text
 
 
-def load(path):
-    """A file of torch.save, on the CPU; ValueError if a bit has changed: torch does not look."""
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged:
-        raise ValueError(f"{damaged} in it is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def parse(parser):
     """The options, and the checkpoint to go on from or None; a resumed run keeps its own options, but for
     --out, which is where it lies now."""
@@ -569,39 +599,52 @@ def parse(parser):
     if sum(word.startswith("--") for word in sys.argv) > 1:
         die("--resume takes no other option: the run keeps its own")
     try:
-        state = load(Path(args.resume, "last.pt"))
-        if state["config"].keys() != vars(args).keys():
-            raise ValueError("it is another script's")
+        state = runs.load(Path(args.resume, "last.pt"))
+        config = dict(state["config"])
+        if config.keys() != vars(args).keys():
+            raise ValueError("it is another script's, or another version's")
+        found = {name: config.pop(name) for name in ("encoder", "digest")}
+        Encoder(**found["encoder"])
+        config["out"] = args.resume
+        args = parser.parse_args(runs.as_typed(config))              # what cannot be typed ends here
     except Exception as error:                                       # missing, cut short, not a checkpoint
         die(f"cannot resume {args.resume}, its last.pt is no whole checkpoint ({error}): start a new run")
-    return argparse.Namespace(**state["config"] | {"out": args.resume}), state
+    return argparse.Namespace(**vars(args) | found), state
 
 
 def data_for(args):
     """The data; ends the program if this run cannot take them."""
     try:
+        args.device = runs.join_processes(args.device)
         torch.zeros(1, device=args.device).item()
     except Exception as error:                                       # no such device, or none that computes
         die(f"cannot use --device {args.device} ({str(error).splitlines()[0]}): try --device cpu")
-    data = load_data(args.data, args.size, args.channels_last, args.views)
+    if args.batch % runs.processes():
+        die(f"--batch {args.batch} is that of all {runs.processes()} processes: give a multiple")
+    with runs.in_turn():                                             # one decodes, the others find the array
+        data = load_data(args.data, args.size, args.channels_last, args.views)
     if len(data.images) < max(2, args.batch * args.accumulate) or len(data.test_images) < 4:
         die(f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images: --batch "
             f"{args.batch} x {args.accumulate} needs as many training images, 2 at least, and 4 test images")
     if args.amp != "off" and "cpu" in args.device and len(data.images.shape) == 5:
         die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
+    found = digest(data.images)
+    if args.digest not in (None, found):
+        die(f"cannot resume: {args.data} holds other images than those this run began with")
+    args.digest = found
     return data
 
 
 def encoder_for(args, data):
     """An Encoder for these images, new or that of --init; ends the program if it does not fit them."""
-    if args.encoder:                                                 # a resumed run: its weights come later
-        return Encoder(**args.encoder)
     channels, *sides = data.images.shape[1:]
     wanted = dict(channels=channels, axes=len(sides))
+    if args.encoder:                                                 # a resumed run: its weights come later
+        return Encoder(**args.encoder | wanted)
     if args.init:
         path = Path(args.init)
         try:
-            saved = load(path / "encoder.pt" if path.is_dir() else path)
+            saved = runs.load(path / "encoder.pt" if path.is_dir() else path)
             encoder = Encoder(**saved["config"])
             encoder.load_state_dict(saved["state_dict"])
         except Exception as error:                                   # missing, cut short, another network's
@@ -620,18 +663,24 @@ def open_folder(args, state):
     Ends the program if it holds something else than the run that is resumed. Two runs that start at once do
     not get one number: then exist_ok is False, and the second one ends.
     """
+    if runs.rank():
+        return runs.everyone(None)[0]                                # process 0's
     number = 1
     while (free := Path("runs", f"{Path(sys.argv[0]).stem}-{number}")).exists():
         number += 1
     folder = Path(args.out or free)
     try:
         folder.mkdir(parents=True, exist_ok=bool(args.out))
-        there = {file.name for file in folder.iterdir()}
+        runs.hold(folder)
+        there = {file.name for file in folder.iterdir() if file.suffix != ".part"}
         if not state and there - {"config.json", "views.png"}:       # these alone: its start was cut short
             die(f"{folder} is not empty: choose another --out, or continue with --resume {folder}")
-        (folder / "config.json").write_text(json.dumps(vars(args), indent=1))
+        runs.write_text(folder / "config.json", json.dumps(vars(args), indent=1))
+    except BlockingIOError:
+        die(f"another run is at work in {folder}: wait until it ends, or choose another --out")
     except OSError as error:
         die(f"cannot write into {folder} ({error.strerror}): choose another --out")
+    runs.everyone(folder)
     return folder
 
 
@@ -675,7 +724,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        die("interrupted: nothing is lost up to the last whole epoch; continue with --resume and its folder")
+    runs.run(main)

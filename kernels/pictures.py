@@ -13,9 +13,16 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from sklearn.manifold import TSNE
 
 from .images import fixed_order, pixels
+from .runs import whole
 from .views import two_views
 
 NO_TERMS = "epoch", "loss", "RankMe", "knn", "meters"    # of a line of the history; the others are loss terms
+
+
+def save(figure, path):
+    """A picture that is never half written."""
+    with whole(path) as file:
+        figure.savefig(file, format="png")
 
 
 def plot_curves(history, probes, folder):
@@ -45,7 +52,7 @@ def plot_curves(history, probes, folder):
         axes[2].legend()
     for axis in axes:
         axis.set_xlabel("epoch")
-    figure.savefig(folder / "curves.png")
+    save(figure, folder / "curves.png")
 
 
 # ---- Images ------------------------------------------------------------------------------------------------
@@ -77,7 +84,7 @@ def plot_images(rows, file):
     axis.set_yticks(height * (np.arange(len(rows)) + 0.5), [*rows])
     axis.tick_params(length=0)
     axis.set_frame_on(False)
-    figure.savefig(file)
+    save(figure, file)
 
 
 def plot_views(data, folder):
@@ -130,4 +137,4 @@ def plot_embedding(data, h_test, folder):
         points = axis.scatter(*places.T, s=6, c=classes, cmap="tab10")
         figure.colorbar(points, label="class")
     axis.set(xticks=[], yticks=[], title="t-SNE of the encoder's test features")
-    figure.savefig(folder / "embedding.png")
+    save(figure, folder / "embedding.png")

@@ -163,5 +163,5 @@ def cropped_view(x, generator):
             x[chosen] = change(x[chosen])
 
     sometimes(0.55, lambda x: blur(x, uniform(x, generator, 0.1, 2)))
-    sometimes(0.1, lambda x: torch.minimum(x, 1 - x))                # solarise: invert what is brighter than half
+    sometimes(0.1, lambda x: torch.minimum(x, 1 - x))                # invert what is brighter than half
     return x

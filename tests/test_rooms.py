@@ -151,7 +151,8 @@ def test_learning_rate_rises_for_a_tenth_and_falls_to_zero():
 
 
 def arguments(**more):
-    return argparse.Namespace(batch=8, accumulate=1, epochs=2, seed=0, amp="off", compile=False, **more)
+    return argparse.Namespace(batch=8, accumulate=1, epochs=2, seed=0, amp="off", compile=False, save_minutes=10.,
+                              **more)
 
 
 def small_data(labels=True):
