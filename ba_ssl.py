@@ -582,7 +582,7 @@ def bounded(kind, low, high=math.inf):
 
 def layer_sizes(text):
     """An option's type: 512-512 -> [512, 512]."""
-    return [bounded(int, 1)(size) for size in text.split("-")]
+    return [bounded(int, 1, 2**20)(size) for size in text.split("-")]
 
 
 def options(batch, epochs, lr, least_batch=1):
@@ -596,7 +596,7 @@ def options(batch, epochs, lr, least_batch=1):
     add("--data", default="digits",
         help="digits, digits3d, a .npz file in MedMNIST's layout, or a folder: of image files (in class "
         "subfolders or not, in train/ with test/ or val/ or not), of .npy volumes, or of train_images.npy")
-    add("--size", type=bounded(int, 4), default=64, help="canvas of images from a folder, N x N")
+    add("--size", type=bounded(int, 4, 10_000), default=64, help="canvas of images from a folder, N x N")
     add("--channels-last", action="store_true", help="arrays [N, H, W, C] are images of C bands, not volumes")
     add("--views", default="auto", choices=["auto", "crops", "poses"],
         help="what training shows: crops and colours, as of photographs, or poses; auto: crops for RGB")
@@ -606,8 +606,8 @@ def options(batch, epochs, lr, least_batch=1):
     add("--accumulate", type=count, default=1, help="batches whose gradients are averaged for one step")
     add("--lr", type=bounded(float, 0), default=lr,
         help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
-    add("--width", type=count, default=16, help="channels of the encoder's stem; features are 8 x this")
-    add("--depth", type=count, default=1, help="residual blocks in each of three stages")
+    add("--width", type=bounded(int, 1, 10_000), default=16, help="channels of the encoder's stem; features are 8 x this")
+    add("--depth", type=bounded(int, 1, 1000), default=1, help="residual blocks in each of three stages")
     add("--seed", type=bounded(int, 0, 2**63), default=0, help="of weights, order and views; not of the data")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--amp", default="off", choices=["off", "bf16"], help="mixed precision; losses stay fp32")

@@ -144,7 +144,7 @@ def read_arrays(path, channels_last):
         else:
             with np.load(path) as archive:
                 there = archive.files
-                found = {key: archive[key] for key in KEYS if key in there}
+                found = {key: np.asarray(archive[key]) for key in KEYS if key in there}     # some are bytes
     except Exception as error:                                       # a bad archive raises any of seven kinds
         raise ValueError(f"{path} cannot be read as .npz ({error}): check the path, or fetch it again")
     if "train_images" not in found:

@@ -201,7 +201,7 @@ def leave(number, folder="THE RUN'S FOLDER"):
 
 
 def run(main):
-    """Calls a script's main(); a signal, a full disk or a lost folder ends it with one line."""
+    """Calls a script's main(); a signal, a full disk, a lost folder, too little memory end it with one line."""
     if rank():
         sys.stdout = open(os.devnull, "w")                           # process 0 speaks
     on_signals(lambda number, frame: leave(number))
@@ -210,7 +210,9 @@ def run(main):
     except OSError as error:
         die(f"cannot read or write {error.filename or 'a file'} ({error.strerror}): mend it, then go on with "
             "--resume and the run's folder")
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            die("out of memory: lower --batch, --width or what else makes it large")
         if processes() == 1 or "onnection" not in str(error):
             raise
         die("the connection to another process is lost")

@@ -175,6 +175,7 @@ RUNS = {
     "FALCON, no prior": ("falcon.py", "--batch 64 --epochs 30 --prior none", [ONE_POINT, NOT_YET]),
     "VICReg, one epoch": ("vicreg.py", "--batch 32 --epochs 1", [HEALTHY, NOT_YET]),
     "BA-SSL, one epoch": ("ba_ssl.py", "--batch 32 --epochs 1", [HEALTHY, NOT_YET])}
+SLOW = ["no diversity term", "no covariance term, 512 wide", "FALCON, tanh", "FALCON, no prior", "BA-SSL, one epoch"]
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +186,10 @@ def reports(request, tmp_path_factory):
     np.savez(small / "small.npz",
              train_images=digits.images[:512, 0].clamp(0, 1).numpy(), train_labels=digits.labels[:512].numpy(),
              test_images=digits.test_images[:360, 0].clamp(0, 1).numpy(), test_labels=digits.test_labels[:360].numpy())
-    chosen = {item.callspec.params["run"] for item in request.session.items
-              if item.path == Path(__file__) and "run" in getattr(getattr(item, "callspec", None), "params", ())}
+    items = [item for item in request.session.items
+             if item.path == Path(__file__) and not item.get_closest_marker("skip")]
+    chosen = {item.callspec.params["run"] for item in items
+              if "run" in getattr(getattr(item, "callspec", None), "params", ())}
 
     def make(name):
         script, options, _ = RUNS[name]
@@ -201,7 +204,7 @@ def reports(request, tmp_path_factory):
         return dict(zip(chosen, pool.map(make, chosen)))
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.slow] * (run in SLOW)) for run in RUNS])
 def test_verdict_on_a_run(reports, run):
     sentence = reports[run]["verdict"]
     assert any(sentence.startswith(expected) for expected in RUNS[run][2]), sentence

@@ -1,6 +1,8 @@
 """Several processes, gloo on this machine: the same losses and gradients as one, runs that start by torchrun."""
+import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 
 import ba_ssl
 import falcon
@@ -18,8 +21,10 @@ import forked
 import icone
 import vicreg
 from kernels import runs
+from test_faults import one_thread                                           # noqa: F401  a fixture: sums in one order
 
 ROOT = Path(__file__).parents[1]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 BATCH, COUNT, FEATURES = 16, 40, 32
 
 
@@ -109,13 +114,15 @@ def test_losses_and_gradients_are_those_of_one_process(found, name):
 SMALL = ["--data", "small.npz", "--batch", "8", "--width", "4", "--projector", "16-16"]
 
 
-def torchrun(folder, script, *arguments):
-    """Two processes of a script on small.npz, started; a group of their own, so that signals reach them alone."""
+def torchrun(folder, script, *arguments, count=2):
+    """So many processes of a script on small.npz, started, in a group of their own; 1: without torchrun."""
     x = np.random.default_rng(0).integers(0, 255, (40, 8, 8)).astype(np.uint8)
     y = np.arange(40) % 3
     np.savez(folder / "small.npz", train_images=x, train_labels=y, test_images=x[:9], test_labels=y[:9])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / script)]
-    return subprocess.Popen([*command, *arguments], cwd=folder, text=True, start_new_session=True,
+    command = [sys.executable, str(ROOT / script), *arguments]
+    if count > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return subprocess.Popen(command, cwd=folder, text=True, start_new_session=True, env=ONE_THREAD,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -195,3 +202,78 @@ def test_two_processes_learn_what_one_does(tmp_path):
     probes = json.loads((tmp_path / "run" / "report.json").read_text())["probes"]["trained encoder"]
     assert abs(probes["k-NN"] - 0.860) <= 0.010
     assert abs(probes["linear"] - 0.885) <= 0.012
+
+
+# ---- 50 kills ----------------------------------------------------------------------------------------------
+SCRIPTS = ["vicreg.py", "icone.py", "falcon.py", "ba_ssl.py"]
+# Random moments, and those at which a file is being written or has just been.
+MOMENTS = ["last.pt.part", "report.json", "encoder.pt", "features.npz.part", *range(6)]
+KILLS = [(script, 1, moment) for script in SCRIPTS for moment in MOMENTS]
+KILLS += [(script, 2, moment) for script in SCRIPTS for moment in ("last.pt.part", "report.json", 0)]
+
+
+def whole_files(folder):
+    """Every file that has its name can be read to its end."""
+    for file in folder.glob("*"):
+        if file.suffix in (".json", ".jsonl"):
+            lines = [file.read_text()] if file.suffix == ".json" else file.read_text().splitlines()
+            assert all(json.loads(line) for line in lines)
+        elif file.suffix == ".pt":
+            runs.load(file)
+        elif file.suffix == ".npz":
+            assert all(array is not None for array in np.load(file).values())
+        elif file.suffix == ".png":
+            Image.open(file).load()
+
+
+def outcome(folder):
+    """Metrics, report, features and weights of a finished run."""
+    features = np.load(folder / "features.npz")
+    weights = torch.load(folder / "encoder.pt", weights_only=True)["state_dict"]
+    numbers = [features["train_features"], features["test_features"], *(weight.numpy() for weight in weights.values())]
+    return (folder / "metrics.jsonl").read_text(), json.loads((folder / "report.json").read_text()), numbers
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """outcome(folder) of a whole run of a script in so many processes, and the seconds it took; made once."""
+    @functools.cache
+    def of(script, count):
+        folder = tmp_path_factory.mktemp("whole")
+        began = time.monotonic()
+        started = torchrun(folder, script, *KILLED, count=count)
+        _, stderr = started.communicate(timeout=300)
+        assert started.returncode == 0, stderr
+        return *outcome(folder / "run"), time.monotonic() - began
+    return of
+
+
+KILLED = ["--data", "small.npz", "--batch", "8", "--width", "4", "--epochs", "12", "--out", "run"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, count, moment", KILLS)
+def test_a_kill_at_any_moment_loses_nothing(script, count, moment, uninterrupted, tmp_path):
+    metrics, report, numbers, seconds = uninterrupted(script, count)
+    started = torchrun(tmp_path, script, *KILLED, count=count)
+    folder = tmp_path / "run"
+    if isinstance(moment, str):
+        while started.poll() is None and not (folder / moment).exists():
+            pass
+    else:
+        time.sleep(random.Random(f"{script} {moment}").uniform(0.2, 1) * seconds)
+    for process in [started.pid, *children(started.pid)]:
+        os.kill(process, signal.SIGKILL)                                     # who has ended waits for its parent
+    started.communicate()
+    if folder.exists():
+        whole_files(folder)
+    again = ["--resume", "run"] if (folder / "last.pt").exists() else KILLED
+    resumed = torchrun(tmp_path, script, *again, count=count)
+    _, stderr = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, stderr
+    metrics_again, report_again, numbers_again = outcome(folder)
+    if count == 1:
+        assert metrics_again == metrics and report_again == report
+        assert all(np.array_equal(a, b) for a, b in zip(numbers, numbers_again))
+    for a, b in zip(numbers, numbers_again):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

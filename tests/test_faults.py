@@ -22,6 +22,15 @@ from kernels.views import posed_view
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small networks gain nothing by a second one, and beside other work it costs tenfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ---- Files and folders -------------------------------------------------------------------------------------
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "last.pt"

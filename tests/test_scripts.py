@@ -208,7 +208,13 @@ def test_falcon_logs_its_terms_and_the_meters_of_four_collapses(run):
     assert "least loss: representation collapse, 0.7 log c 4.37" in run.stdout
 
 
-@command(f"{SMALL} --epochs 16", ALL, way=killed_and_resumed)
+@pytest.mark.slow
+@command(f"{SMALL} --epochs 16", ["icone.py", "falcon.py", "ba_ssl.py"], way=killed_and_resumed)
+def test_a_killed_run_of_the_others_resumes_to_the_bit(run):
+    test_a_killed_run_resumes_to_the_bit(run)
+
+
+@command(f"{SMALL} --epochs 16", ROOMS, way=killed_and_resumed)
 def test_a_killed_run_resumes_to_the_bit(run):
     assert run.returncode == 0, run.stderr
     whole, resumed = run.folder / "whole", run.folder / "run"
