@@ -113,13 +113,18 @@ class BatchFusion(nn.Module):
             sides[axis] = side // self.patch
         return rearrange(picture, f"{self.PICTURE[axes]} -> {self.IMAGES[axes]}", c=shape[1], **sides)
 
+    @staticmethod
+    @torch.compiler.disable                                          # torch 2.13 cannot compile it
+    def deal(count):
+        """A slot for each image; drawn on the CPU, whose generator's state is in checkpoints."""
+        return torch.randperm(count)
+
     def forward(self, x):
         divisible = all(side % self.patch == 0 for side in x.shape[2:])
         if x.ndim not in self.IMAGES or len(x) != self.batch or not divisible:
             raise ValueError(f"views are {[*x.shape]}, but must be [B, C, H, W] or [B, C, D, H, W], "
                              f"B = {self.batch} and sides divisible by {self.patch}: drop what is left over")
-        # Drawn on the CPU, whose generator's state is in checkpoints.
-        order = torch.arange(len(x)) if self.keep_slots else torch.randperm(len(x))
+        order = torch.arange(len(x)) if self.keep_slots else self.deal(len(x))
         order = order.to(x.device)
         slots = x[order]
         if self.mixing == "mixup":

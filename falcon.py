@@ -57,7 +57,7 @@ from sklearn.mixture import GaussianMixture
 from kernels import (bank_topk, collapse_panel, dictionary_loss, dictionary_reference, dictionary_signs,
                      knn_accuracy, runs, verdict)
 from kernels.images import Data, digest, encode, fixed_order, limited, pixels, read_images, some
-from kernels.pictures import plot_curves, plot_embedding, plot_neighbours, plot_views
+from kernels.pictures import plot_curves, plot_embedding, plot_neighbours, plot_views, save_figure
 from kernels.runs import die
 from kernels.views import cropped_view, posed_view, two_views, uniform, warp
 
@@ -770,11 +770,13 @@ def plot_meters(history, codes, derived, z, folder):
     axes[3].set(title="dimensional collapse", xlabel="singular value, by size")
     for axis in axes:
         axis.legend(fontsize=7)
-    figure.savefig(folder / "meters.png")
+    save_figure(figure, folder / "meters.png")
 
 
 def report_collapses(model, data, history, args, folder):
     """Loss beside its derived values, meters, clusters against classes; meters.png, meters.json."""
+    if runs.rank():
+        return
     model.eval()
     data = limited(data)
     z = embed(model, data.test_images)
@@ -793,7 +795,7 @@ def report_collapses(model, data, history, args, folder):
     derived = [f"{name} {value:.3g}" for name, value in values.items()]
     print(f"\ntest images: {', '.join(measured)}")
     print(f"least loss: {'; '.join(derived)}")
-    (folder / "meters.json").write_text(json.dumps({**meters, "least loss": values}, indent=1))
+    runs.write_text(folder / "meters.json", json.dumps({**meters, "least loss": values}, indent=1))
     plot_meters(history, args.codes, values, z, folder)
 
 

@@ -171,7 +171,7 @@ def find_files(folder):
         seen.add(Path(root).resolve())
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(root, name) for name in names if not name.startswith(".")]
-    files.sort()
+    files = sorted(file for file in files if not file.is_fifo())     # nobody may ever write into a pipe
     images = [file for file in files if file.suffix.lower() in ENDINGS]
     return images or [file for file in files if file.suffix == ".npy"]
 
@@ -340,6 +340,8 @@ def read_images(name, size=64, channels_last=False):
     read; notes on what is odd are printed.
     """
     path = Path(name)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{name} is neither a file nor a folder")
     if path.is_dir() and not (path / "train_images.npy").exists():
         found = read_folder(path, size, channels_last)
     else:

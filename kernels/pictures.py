@@ -19,7 +19,7 @@ from .views import two_views
 NO_TERMS = "epoch", "loss", "RankMe", "knn", "meters"    # of a line of the history; the others are loss terms
 
 
-def save(figure, path):
+def save_figure(figure, path):
     """A picture that is never half written."""
     with whole(path) as file:
         figure.savefig(file, format="png")
@@ -52,7 +52,7 @@ def plot_curves(history, probes, folder):
         axes[2].legend()
     for axis in axes:
         axis.set_xlabel("epoch")
-    save(figure, folder / "curves.png")
+    save_figure(figure, folder / "curves.png")
 
 
 # ---- Images ------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def plot_images(rows, file):
     axis.set_yticks(height * (np.arange(len(rows)) + 0.5), [*rows])
     axis.tick_params(length=0)
     axis.set_frame_on(False)
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_views(data, folder):
@@ -120,8 +120,10 @@ def plot_embedding(data, h_test, folder):
     """embedding.png: up to 1,000 test features in 2-D, by class; without labels 150 of them as images."""
     rows = fixed_order(len(h_test))[:1000]
     perplexity = min(30, len(rows) / 4)
-    tsne = TSNE(perplexity=perplexity, random_state=0)
-    places = tsne.fit_transform(h_test[rows])            # [n, 2]
+    places = h_test[rows, :2]
+    if h_test[rows].std(0).max() > 1e-6 * h_test[rows].abs().max():                  # TSNE crashes on one point
+        tsne = TSNE(perplexity=perplexity, random_state=0)
+        places = tsne.fit_transform(h_test[rows])        # [n, 2]
     figure = Figure(figsize=(6, 5.2))
     axis = figure.subplots()
 
@@ -137,4 +139,4 @@ def plot_embedding(data, h_test, folder):
         points = axis.scatter(*places.T, s=6, c=classes, cmap="tab10")
         figure.colorbar(points, label="class")
     axis.set(xticks=[], yticks=[], title="t-SNE of the encoder's test features")
-    save(figure, folder / "embedding.png")
+    save_figure(figure, folder / "embedding.png")

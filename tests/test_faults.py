@@ -190,6 +190,12 @@ def test_two_runs_in_one_folder_or_two_resumes_of_one(finished, tmp_path, capsys
     assert (folder / "run" / "last.pt").read_bytes() == before
 
 
+def test_where_nothing_can_be_written_the_run_ends_before_it_trains(finished, tmp_path, capsys):
+    """A file system that lets nobody write, root included."""
+    folder = copied(finished, tmp_path)
+    said(capsys, call(folder, *SMALL, "--out", "/proc/run"), "cannot write into /proc/run")
+
+
 def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stands(finished, tmp_path, capsys, monkeypatch):
     folder = copied(finished, tmp_path)
     before = (folder / "run" / "last.pt").read_bytes()
@@ -217,6 +223,27 @@ def test_a_folder_that_is_removed_ends_the_run_in_one_line(finished, tmp_path, c
     monkeypatch.setattr(vicreg, "posed_view", view)
     monkeypatch.setattr(vicreg, "plot_views", lambda *_: None)       # draws views before there is a checkpoint
     said(capsys, call(folder, *SMALL, "--out", "new"), "No such file or directory")
+
+
+def test_images_that_are_all_the_same_end_with_a_report(finished, tmp_path, capsys):
+    """t-SNE of equal features ends the process where nobody looks."""
+    folder = copied(finished, tmp_path)
+    arrays = dict(np.load(folder / "small.npz"))
+    for split in ("train_images", "test_images"):
+        arrays[split] = arrays[split][:1].repeat(len(arrays[split]), 0)
+    np.savez(folder / "small.npz", **arrays)
+    assert call(folder, *SMALL, "--out", "same") == 0
+    assert {"report.json", "features.npz", "embedding.png"} <= {file.name for file in (folder / "same").iterdir()}
+    assert "COLLAPSED" in capsys.readouterr().out
+
+
+def test_a_pipe_is_not_waited_for(finished, tmp_path, capsys):
+    folder = copied(finished, tmp_path)
+    os.mkfifo(folder / "pipe")
+    said(capsys, call(folder, "--data", "pipe"), "neither a file nor a folder")
+    (folder / "photos").mkdir()
+    os.mkfifo(folder / "photos" / "a.png")
+    said(capsys, call(folder, "--data", "photos"), "holds 0 files")
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
