@@ -377,9 +377,8 @@ def train(model, optimizer, data, args, folder, state, meters=None):
     peak = math.sqrt(step_size / 128)
     factor = partial(learning_rate, steps=total, peak=peak)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    processes = runs.processes()
     generator = torch.Generator(device)                              # of views and, in process 0, of the order
-    generator.manual_seed((args.seed * processes + runs.rank()) % 2**63)
+    generator.manual_seed((args.seed * runs.processes() + runs.rank()) % 2**63)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     history = []
     begun = None                                                     # an epoch's order, steps done, sums
@@ -407,23 +406,22 @@ def train(model, optimizer, data, args, folder, state, meters=None):
         if runs.rank() == 0:
             with runs.whole(folder / "last.pt") as file:
                 torch.save(whole, file)
-            lines = [*map(json.dumps, history), ""]
-            runs.write_text(folder / "metrics.jsonl", "\n".join(lines))
+            lines = "".join(f"{json.dumps(line)}\n" for line in history)
+            runs.write_text(folder / "metrics.jsonl", lines)
         return time.monotonic()
 
     saved = checkpoint()
     if args.compile:
         model.compile()
     run_model = runs.parallel(model)
-    share = args.batch // processes
-    own = slice(runs.rank() * share, (runs.rank() + 1) * share)      # of a batch
+    own = runs.own_part(args.batch)
     bar = tqdm(total=total, initial=schedule.last_epoch, unit="step", disable=runs.rank() > 0)
     with bar, runs.noted_signals() as caught:
         for epoch in range(len(history) + 1, args.epochs + 1):
             model.train()
             if not begun:
                 order = torch.randperm(len(images), generator=generator, device=device)[:steps * step_size]
-                begun = {"order": runs.everyone(order.cpu())[0], "step": 0, "sums": {}}
+                begun = {"order": runs.first(order.cpu()), "step": 0, "sums": {}}
             sums = begun["sums"]
             order = begun["order"].to(device).view(steps, args.accumulate, args.batch)
             for batches in order[begun["step"]:]:
@@ -436,8 +434,8 @@ def train(model, optimizer, data, args, folder, state, meters=None):
                     loss = sum(terms.values())
                     (loss / args.accumulate).backward()
                     for name, value in {"loss": loss, **terms, **notes}.items():
-                        value = torch.as_tensor(value).detach()      # not .item(): no waiting
-                        sums[name] = sums.get(name, 0) + value
+                        # Not .item(): no waiting for a GPU.
+                        sums[name] = sums.get(name, 0) + torch.as_tensor(value).detach()
                 optimizer.step()
                 schedule.step()
                 bar.update()
@@ -467,6 +465,8 @@ def train(model, optimizer, data, args, folder, state, meters=None):
             history.append({"epoch": epoch, **line})
             begun = None
             saved = checkpoint()
+    if caught:                                                       # after the last step
+        runs.leave(caught[-1], folder)
     return history
 
 
@@ -707,7 +707,7 @@ def open_folder(args, state):
     not get one number: then exist_ok is False, and the second one ends.
     """
     if runs.rank():
-        return runs.everyone(None)[0]                                # process 0's
+        return runs.first(None)
     number = 1
     while (free := Path("runs", f"{Path(sys.argv[0]).stem}-{number}")).exists():
         number += 1
@@ -723,8 +723,7 @@ def open_folder(args, state):
         die(f"another run is at work in {folder}: wait until it ends, or choose another --out")
     except OSError as error:
         die(f"cannot write into {folder} ({error.strerror}): choose another --out")
-    runs.everyone(folder)
-    return folder
+    return runs.first(folder)
 
 
 # ==== This script ===========================================================================================

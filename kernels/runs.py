@@ -46,6 +46,7 @@ def whole(path):
 
 
 def write_text(path, text):
+    """As Path.write_text, but whole."""
     with whole(path) as file:
         file.write(text.encode())
 
@@ -83,9 +84,11 @@ def noted_signals():
     """-> a list, empty until signals come; their numbers then."""
     caught = []
     before = on_signals(lambda number, frame: caught.append(number))
-    yield caught
-    for number, handler in zip(SIGNALS, before):
-        signal.signal(number, handler)
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(SIGNALS, before):
+            signal.signal(number, handler)
 
 
 # ---- Several processes, each with a part of every batch ----------------------------------------------------
@@ -109,6 +112,12 @@ def rank():
 def processes():
     """How many there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_part(count):
+    """The slice of a batch of `count` images that this process has."""
+    share = count // processes()
+    return slice(rank() * share, (rank() + 1) * share)
 
 
 class Gather(torch.autograd.Function):
@@ -150,6 +159,14 @@ def everyone(thing):
     things = [None] * processes()
     dist.all_gather_object(things, thing)
     return things
+
+
+def first(thing):
+    """Process 0's thing, anything that pickles, in each of them."""
+    things = [thing]
+    if dist.is_initialized():
+        dist.broadcast_object_list(things)
+    return things[0]
 
 
 def agreed(numbers, device):

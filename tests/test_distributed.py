@@ -54,8 +54,7 @@ def one_step(name):
     generator = torch.Generator().manual_seed(1)
     views = torch.rand(2, BATCH, 1, 12, 12, generator=generator)
     index = torch.randperm(COUNT, generator=generator)[:BATCH]
-    share = BATCH // runs.processes()
-    own = slice(runs.rank() * share, (runs.rank() + 1) * share)
+    own = runs.own_part(BATCH)
     model = model_of(name)
     parallel = runs.parallel(model)                                          # averages for as long as it lives
     terms, notes = parallel(views[0, own], views[1, own], index)
@@ -197,12 +196,23 @@ def test_where_one_process_fails_all_end_within_a_minute(tmp_path, victim):
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     """README: .860 ± .010, .885 ± .012 over three seeds."""
-    started = torchrun(tmp_path, "vicreg.py", "--out", "run")
-    _, stderr = started.communicate(timeout=900)
-    assert started.returncode == 0, stderr
-    probes = json.loads((tmp_path / "run" / "report.json").read_text())["probes"]["trained encoder"]
-    assert abs(probes["k-NN"] - 0.860) <= 0.010
-    assert abs(probes["linear"] - 0.885) <= 0.012
+    reached = []
+    for seed in range(3):
+        out = tmp_path / str(seed)
+        started = torchrun(tmp_path, "vicreg.py", "--seed", str(seed), "--out", str(out))
+        _, stderr = started.communicate(timeout=900)
+        assert started.returncode == 0, stderr
+        reached.append(json.loads((out / "report.json").read_text())["probes"]["trained encoder"])
+    assert np.mean([probes["k-NN"] for probes in reached]) >= 0.860 - 0.010
+    assert np.mean([probes["linear"] for probes in reached]) >= 0.885 - 0.012
+
+
+@pytest.mark.slow
+def test_a_mistake_of_all_processes_is_told_once(tmp_path):
+    started = torchrun(tmp_path, "vicreg.py", *SMALL, "--batch", "7")
+    _, stderr = started.communicate(timeout=60)
+    assert started.returncode != 0
+    assert stderr.count("--batch 7 is that of all 2 processes") == 1
 
 
 # ---- 50 kills ----------------------------------------------------------------------------------------------

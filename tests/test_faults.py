@@ -105,6 +105,8 @@ def test_a_signal_inside_an_epoch_saves_the_step_and_the_run_goes_on_to_the_bit(
         folder = tmp_path / f"run{attempt}"
         rng = random.Random(attempt)
         left = rng.randrange(1, 24)
+        if attempt == 0:                                             # the last of all views
+            left = 48 if name in ("vicreg", "icone") else 24
         number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 
         def view(x, generator):
