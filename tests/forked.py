@@ -52,7 +52,7 @@ def make_all(request, tmp_path_factory, kind, key):
     items = [item for item in request.session.items if not item.get_closest_marker("skip")]
     parameters = [getattr(item, "callspec", None) for item in items]
     chosen = [called.params["run"] for called in parameters if called and "run" in called.params]
-    chosen = sorted([run for run in chosen if isinstance(run, kind)], key=key)           # other files have their own
+    chosen = sorted({run for run in chosen if isinstance(run, kind)}, key=key)           # other files have their own
     folders = [tmp_path_factory.mktemp("run") for _ in chosen]           # mktemp is not safe among threads
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = [pool.submit(run.make, folder) for run, folder in zip(chosen, folders)]

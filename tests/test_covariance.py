@@ -88,7 +88,8 @@ def check_dominated(shape, columns, factor, seed, impls, device):
 @pytest.mark.parametrize("columns", [1, 3])
 @pytest.mark.parametrize("shape", [(64, 512), (100, 530)])
 def test_dominating_columns_leave_value_and_gradient_right(shape, columns, factor, impl, device, nan_poisoned):
-    for seed in range(3):
+    slow = impl == "triton" and device == "cpu"       # the interpreter
+    for seed in range(1 if slow else 3):
         check_dominated(shape, columns, factor, seed, [impl], device)
 
 

@@ -3,6 +3,7 @@
 Each test says its command in the line above it; `run` is what came of it. All runs that the chosen tests need are
 made before the first of them, as many at a time as there are cores.
 """
+import functools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import torch
 import ba_ssl
 import forked
 import icone
+from kernels import runs
 
 ROOT = Path(__file__).parents[1]
 ALL = ["vicreg.py", "icone.py", "falcon.py", "ba_ssl.py"]
@@ -142,10 +144,13 @@ def interrupted(run):
     run.returncode = started.returncode
 
 
+the_run = functools.cache(Run)                           # tests of the same command share what came of it
+
+
 def command(arguments, scripts, prepare=None, way=once):
     """Gives a test its runs: these arguments with each of the scripts."""
-    runs = [pytest.param(Run(script, arguments, prepare, way), id=script) for script in scripts]
-    return pytest.mark.parametrize("run", runs, indirect=True)
+    params = [pytest.param(the_run(script, arguments, prepare, way), id=script) for script in scripts]
+    return pytest.mark.parametrize("run", params, indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +238,7 @@ def test_a_checkpoint_with_one_bit_changed_is_refused_or_holds_the_same(tmp_path
     weights = torch.arange(5000.)
     torch.save({"weights": weights, "history": [{"loss": 0.5}]}, path)
     whole = path.read_bytes()
+    assert torch.equal(runs.load(path)["weights"], weights)
     refused = 0
     for place in np.random.default_rng(0).integers(0, len(whole), 200):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
