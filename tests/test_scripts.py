@@ -249,7 +249,7 @@ def test_a_checkpoint_with_one_bit_changed_is_refused_or_holds_the_same(tmp_path
             continue
         assert torch.equal(state["weights"], weights)
         assert state["history"] == [{"loss": 0.5}]
-    assert refused >= 190
+    assert refused >= 180
 
 
 @command(f"{SMALL} --epochs 3000", ROOMS, way=interrupted)
