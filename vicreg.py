@@ -262,13 +262,13 @@ def train(model, optimizer, data, args, folder, state, meters=None):
             runs.write_text(folder / "metrics.jsonl", lines)
         return time.monotonic()
 
-    saved = checkpoint()
     if args.compile:
         model.compile()
     run_model = runs.parallel(model)
     own = runs.own_part(args.batch)
     bar = tqdm(total=total, initial=schedule.last_epoch, unit="step", disable=runs.rank() > 0)
     with bar, runs.noted_signals() as caught:
+        saved = checkpoint()
         for epoch in range(len(history) + 1, args.epochs + 1):
             model.train()
             if not begun:

@@ -290,12 +290,16 @@ def test_images_without_labels_train_and_give_features(run):
     assert "NMI" not in run.stdout
 
 
-@command(f"{SMALL} --accumulate 2", ALL, way=as_a_copy)
+@command(f"{SMALL} --accumulate 2", ["vicreg.py", "falcon.py"], way=as_a_copy)
 def test_a_copy_with_kernels_alone_runs_and_accumulated_batches_make_one_step(run):
     steps = {float(part["step"]) for part in run.checkpoint()["optimizer"]["state"].values()}
     assert steps == {6}                                                  # 40 images // 16 x 3 epochs
 
 
+@pytest.mark.slow
+@command(f"{SMALL} --accumulate 2", ["icone.py", "ba_ssl.py"], way=as_a_copy)
+def test_a_copy_of_the_others_does_too(run):
+    test_a_copy_with_kernels_alone_runs_and_accumulated_batches_make_one_step(run)
 @command("--help", ALL)
 def test_help_explains_every_option_with_its_default(run):
     assert run.returncode == 0
