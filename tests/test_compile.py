@@ -20,8 +20,9 @@ SHARED_LIMIT = {                                       # bytes a program may hav
 }
 PRODUCTS = ("_product", "_gradient", "_slab", "_bank_rows", "_row_sums", "_code_means", "_row_terms",
             "_slopes", "_times_signs")
-# A target takes half a minute: one of each maker by default, all with -m slow.
-TARGETS = ["sm_90", "gfx942", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("sm_80", "sm_86", "sm_100"))]
+# A target takes half a minute: one by default, all with -m slow.
+OTHERS = "gfx942", "sm_80", "sm_86", "sm_100"
+TARGETS = ["sm_90", *(pytest.param(chip, marks=pytest.mark.slow) for chip in OTHERS)]
 INSTRUCTION = {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma_f32"}
 
 # Of each kernel at ordinary sizes: matrix instructions in its loop at the most, programs on a processor at the least.
@@ -60,7 +61,7 @@ def compile(target):
 def compiled(request):
     """What came of each target that a chosen test asks for."""
     slow = "slow" in request.config.option.markexpr
-    chosen = [*SHARED_LIMIT] if slow else ["sm_90", "gfx942"]
+    chosen = [*SHARED_LIMIT] if slow else ["sm_90"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(chosen, pool.map(compile, chosen)))
 
