@@ -334,7 +334,7 @@ def train(model, optimizer, data, args, folder, state, meters=None):
     peak = math.sqrt(step_size / 128)
     factor = partial(learning_rate, steps=total, peak=peak)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    generator = torch.Generator(device)                              # of views and, in process 0, of the order
+    generator = torch.Generator(device)                              # of views; process 0's also of the order
     generator.manual_seed((args.seed * runs.processes() + runs.rank()) % 2**63)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     history = []
@@ -568,7 +568,8 @@ def options(batch, epochs, lr, least_batch=1):
     add("--accumulate", type=count, default=1, help="batches whose gradients are averaged for one step")
     add("--lr", type=bounded(float, 0), default=lr,
         help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
-    add("--width", type=bounded(int, 1, 10_000), default=16, help="channels of the encoder's stem; features are 8 x this")
+    add("--width", type=bounded(int, 1, 10_000), default=16,
+        help="channels of the encoder's stem; features are 8 x this")
     add("--depth", type=bounded(int, 1, 1000), default=1, help="residual blocks in each of three stages")
     add("--seed", type=bounded(int, 0, 2**63), default=0, help="of weights, order and views; not of the data")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")

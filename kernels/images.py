@@ -232,8 +232,8 @@ def for_each(function, files, task):
                     yield result
     if broken:
         file = min(broken)
-        raise ValueError(f"{file} cannot be read ({broken[file]}); of the same kind: {len(broken) - 1} other. "
-                         "Repair or remove what is broken")
+        raise ValueError(f"{file} cannot be read ({broken[file]}); of the same kind: {len(broken) - 1} other."
+                         " Repair or remove what is broken")
 
 
 def write_array(path, arrays, count):

@@ -121,7 +121,7 @@ def plot_embedding(data, h_test, folder):
     rows = fixed_order(len(h_test))[:1000]
     perplexity = min(30, len(rows) / 4)
     places = h_test[rows, :2]
-    if h_test[rows].std(0).max() > 1e-6 * h_test[rows].abs().max():                  # TSNE crashes on one point
+    if h_test[rows].std(0).max() > 1e-6 * h_test[rows].abs().max():      # TSNE crashes on one point
         tsne = TSNE(perplexity=perplexity, random_state=0)
         places = tsne.fit_transform(h_test[rows])        # [n, 2]
     figure = Figure(figsize=(6, 5.2))

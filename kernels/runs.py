@@ -140,8 +140,8 @@ def parallel(model):
     if not dist.is_initialized():
         return model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)               # buffers agree by themselves; torch 2.13
-        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)   # renames the word
+        warnings.simplefilter("ignore", FutureWarning)               # torch 2.13 renames broadcast_buffers
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)   # they agree anyway
 
 
 def gather(h):
@@ -202,8 +202,8 @@ def as_typed(config):
 
 def die(message, code=2):
     """How a script ends on a user's mistake: with one line, whatever the message quotes."""
-    if rank():                                                       # what all processes find, process 0 says:
-        time.sleep(5)                                                # torchrun then ends this one
+    if rank():
+        time.sleep(5)        # what all find process 0 says meanwhile, and torchrun ends this one
         message = f"process {rank()}: {message}"
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
@@ -218,7 +218,7 @@ def leave(number, folder="THE RUN'S FOLDER"):
 
 
 def run(main):
-    """Calls a script's main(); a signal, a full disk, a lost folder, too little memory end it with one line."""
+    """Calls a script's main(); a signal, a full disk, a lost folder or little memory end it with one line."""
     if rank():
         sys.stdout = open(os.devnull, "w")                           # process 0 speaks
     on_signals(lambda number, frame: leave(number))
