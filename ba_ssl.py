@@ -2,29 +2,28 @@
 
 After Zhang, Shen, Liu, arXiv 2311.09974 (2023). THIS IS A RECONSTRUCTION: the blocks are known (patch
 partition, conv embedding, patch restore, learned with the encoder), their layers are not. A batch of views x
-[B, C, *S] is cut into patches and laid out as one picture of B channels, so that convolutions mix images. The
-encoder sees
+[B, C, *S] is cut into patches that are pictures of B channels, so that convolutions mix images. The encoder
+sees
 
-    x' = x + g F(x),   F = restore . conv embedding . partition,   g a learnable gate that starts at 0
+    x' = x + share (F(x) - x + mean of the batch),   F = restore . conv embedding . partition
 
-and any loss follows: NT-Xent (SimCLR), or that of vicreg.py, falcon.py, icone.py.
+of one view, F brought to a fixed strength and free of x itself, and the other view as it is. Any loss
+follows: NT-Xent (SimCLR), or that of vicreg.py, falcon.py, icone.py.
 
     python ba_ssl.py                                    # SimCLR + fusion, posed digits
     python ba_ssl.py --no-fusion                        # plain SimCLR
     python ba_ssl.py --loss vicreg                      # or falcon, icone; each with or without fusion
-    python ba_ssl.py --keep-slots                       # a shortcut, and the noise loss that shows it
+    python ba_ssl.py --mixing mixup                     # a control: another image in place of F
 
-Expect k-NN accuracy 0.862 ± 0.003 and linear 0.881 ± 0.014 (mean ± std, 3 seeds; raw pixels 0.593, 0.169;
-random encoder 0.307 ± 0.042, 0.222 ± 0.018) in 74 to 87 s on 2 cores of an AMD EPYC with torch 2.13.0.
-Fusion does not help here: g stays at 0, plain SimCLR scores the same (README, Results). A fixed share of
-another image helps.
+EXPECT
 
-Choices of our own: (1) Fusion acts on each view by itself, just before the encoder, with the same weights.
-(2) A layer is a 3x3 convolution B -> B/4, GELU, another one back to B; no norm, which would see one "image".
-(3) Slots are drawn anew for each view: a convolution over slots that stay could stamp both views of an image
-with its slot's mark and solve NT-Xent without a look at the image. (4) At evaluation the module is dropped.
-(5) SimCLR's settings suit digits: batch 64, AdamW, t = 0.2, views by pose, light, noise. (6) IConE is simpler
-than in icone.py: a table drawn at random, all of it the bank and in AdamW; batch norm for the centring.
+Choices of our own: (1) The share is fixed. A gate that is learned closes: what other images add differs
+between two views, and to the loss it is noise. (2) A fused view meets a clean one. (3) A layer is a 3x3
+convolution over B channels inside the patch, without bias or norm. (4) Slots are drawn anew in each call: a
+convolution over slots that stay could stamp both views of an image with its slot's mark and solve NT-Xent
+without a look at the image. (5) At evaluation the module is dropped. (6) SimCLR's settings suit digits: batch
+64, AdamW, t = 0.2, views by pose, light, noise. (7) IConE is simpler than in icone.py: a table drawn at
+random, all of it the bank and in AdamW; batch norm for the centring.
 """
 import argparse
 import json
@@ -65,53 +64,55 @@ from kernels.views import cropped_view, posed_view, two_views, uniform, warp
 
 # ==== The method ============================================================================================
 class BatchFusion(nn.Module):
-    """x + gate F(x) for views x [B, C, H, W] or [B, C, D, H, W] of exactly B = `batch` images -> as x.
+    """x + share (F(x) - x + mean) for views x [B, C, H, W] or [B, C, D, H, W] of exactly B = `batch` images.
 
-    F cuts images into patches of side `patch`, lays them out as one picture [1, B, patches, numbers of a
-    patch], puts that through `layers` conv embeddings (0: none) and restores the images.
-    mixing: conv, B -> B/4 -> B channels; grouped, a control: as many kernels, no channel sees another one;
-    mixup, a control without layers: F(x) = another image - x, with a gate that stays.
-    gate: its first value; None: 0, for mixup 0.2.
+    F(x) shows the other images as image i sees them. x less its mean over the batch is cut into patches of
+    side `patch`, each a small picture of B channels, an image a channel; `layers` convolutions 3x3 (axes=3:
+    3x3x3) mix channels; patches are put back. No bias, so equal images mix to nothing; what lies along the
+    own image is taken out, and the rest gets the strength of x less its mean: others' part is `share` at any
+    number of layers, in the first step and in the last. What of the others is learned.
+
+    mixing: conv; three controls: random, conv not trained; grouped, each image with its own channel alone;
+    mixup, F(x) = another image, without layers.
     keep_slots: image i is channel i in every call; otherwise each call deals the images to the channels anew.
 
     Call it for each view by itself, leave out an incomplete last batch, and use the encoder alone in the end:
-    eval() changes nothing. ValueError for another mixing, another B, a side that `patch` does not divide.
+    eval() changes nothing. ValueError for another mixing, no layers, another B or rank of x, a side that
+    `patch` does not divide.
     """
 
     IMAGES = {4: "b c (h p) (w q)", 5: "b c (d o) (h p) (w q)"}
-    PICTURE = {4: "1 b (h w) (p q c)", 5: "1 b (d h w) (o p q c)"}
+    PATCHES = {4: "(c h w) b p q", 5: "(c d h w) b o p q"}
 
-    def __init__(self, batch, patch=4, layers=2, mixing="conv", keep_slots=False, gate=None):
+    def __init__(self, batch, patch=4, layers=2, share=0.2, mixing="conv", keep_slots=False, axes=2):
         super().__init__()
-        if mixing not in ("conv", "grouped", "mixup"):
-            raise ValueError(f"mixing {mixing!r} is none of conv, grouped, mixup")
+        if mixing not in ("conv", "random", "grouped", "mixup"):
+            raise ValueError(f"mixing {mixing!r} is none of conv, random, grouped, mixup")
+        if layers < 1:
+            raise ValueError(f"layers = {layers}: at least one has to mix")
         self.batch = batch
         self.patch = patch
+        self.share = share
         self.mixing = mixing
         self.keep_slots = keep_slots
-        few = max(1, batch // 4)
+        self.axes = axes
+        conv = nn.Conv2d if axes == 2 else nn.Conv3d
         groups = batch if mixing == "grouped" else 1
-        self.embedding = nn.Sequential()
+        self.embedding = nn.ModuleList()
         for _ in range(0 if mixing == "mixup" else layers):
-            narrow = nn.Conv2d(batch, groups * few, kernel_size=3, padding=1, groups=groups)
-            widen = nn.Conv2d(groups * few, batch, kernel_size=3, padding=1, groups=groups)
-            self.embedding.append(nn.Sequential(narrow, nn.GELU(), widen))
-        if gate is None:
-            gate = 0.2 if mixing == "mixup" else 0.
-        self.gate = nn.Parameter(torch.full((1,), float(gate)), requires_grad=mixing != "mixup")
+            self.embedding.append(conv(batch, batch, 3, padding=1, groups=groups, bias=False))
+        self.requires_grad_(mixing != "random")
 
     def partition(self, x):
-        """[B, C, *S] -> [1, B, patches, numbers of a patch]"""
+        """[B, C, *S] -> [C x patches, B, *patch]: a pixel's neighbours are those that it had."""
         sides = dict.fromkeys("pq" if x.ndim == 4 else "opq", self.patch)
-        return rearrange(x, f"{self.IMAGES[x.ndim]} -> {self.PICTURE[x.ndim]}", **sides)
+        return rearrange(x, f"{self.IMAGES[x.ndim]} -> {self.PATCHES[x.ndim]}", **sides)
 
-    def restore(self, picture, shape):
+    def restore(self, patches, shape):
         """The inverse; shape = [B, C, *S]."""
         axes = len(shape)
-        sides = dict.fromkeys("pq" if axes == 4 else "opq", self.patch)
-        for axis, side in zip("hw" if axes == 4 else "dhw", shape[2:]):
-            sides[axis] = side // self.patch
-        return rearrange(picture, f"{self.PICTURE[axes]} -> {self.IMAGES[axes]}", c=shape[1], **sides)
+        sides = {axis: side // self.patch for axis, side in zip("hw" if axes == 4 else "dhw", shape[2:])}
+        return rearrange(patches, f"{self.PATCHES[axes]} -> {self.IMAGES[axes]}", c=shape[1], **sides)
 
     @staticmethod
     @torch.compiler.disable                                          # torch 2.13 cannot compile it
@@ -119,19 +120,35 @@ class BatchFusion(nn.Module):
         """A slot for each image; drawn on the CPU, whose generator's state is in checkpoints."""
         return torch.randperm(count)
 
+    def mix(self, x):
+        """x [B, C, *S], of mean 0 over the batch, in slots -> what the other slots bring, as strong as x."""
+        if self.mixing == "mixup":
+            return x.roll(1, 0)
+        patches = self.partition(x)
+        strength = rms(patches)
+        for conv in self.embedding:
+            patches = conv(patches)
+            patches = patches * (strength / rms(patches))
+        mixed = self.restore(patches, x.shape)
+        if self.mixing != "grouped":
+            own = (mixed * x).flatten(1).sum(1) / x.square().flatten(1).sum(1).clamp(min=1e-12)      # [B]
+            mixed = mixed - x * own.view(-1, *[1] * (x.ndim - 1))
+        return mixed * (rms(x) / rms(mixed))
+
     def forward(self, x):
         divisible = all(side % self.patch == 0 for side in x.shape[2:])
-        if x.ndim not in self.IMAGES or len(x) != self.batch or not divisible:
-            raise ValueError(f"views are {[*x.shape]}, but must be [B, C, H, W] or [B, C, D, H, W], "
+        if x.ndim != 2 + self.axes or len(x) != self.batch or not divisible:
+            raise ValueError(f"views are {[*x.shape]}, but must be [B, C, {'D, ' * (self.axes == 3)}H, W], "
                              f"B = {self.batch} and sides divisible by {self.patch}: drop what is left over")
         order = torch.arange(len(x)) if self.keep_slots else self.deal(len(x))
         order = order.to(x.device)
-        slots = x[order]
-        if self.mixing == "mixup":
-            fused = slots.roll(1, 0) - slots
-        else:
-            fused = self.restore(self.embedding(self.partition(slots)), x.shape)
-        return x + self.gate * fused[order.argsort()]
+        differs = x - x.mean(0)
+        mixed = self.mix(differs[order])[order.argsort()]
+        return x + self.share * (mixed - differs)
+
+
+def rms(x):
+    return x.square().mean().sqrt().clamp(min=1e-6)
 
 
 # Four losses of two views' embeddings; those of other scripts are unweighted terms by name, as there.
@@ -199,17 +216,19 @@ WEIGHTS = {"simclr": {"nt_xent": 1},
 class BASSL(nn.Module):
     """Fusion (or None), an encoder to `features` numbers, a projector with layers of these sizes, and a loss.
 
-    loss: simclr, vicreg, falcon, icone; count: training images, icone has a row for each. temperature: of
-    NT-Xent. seed: of falcon's dictionary. ValueError for another loss.
+    both: fuse both views, each by itself; otherwise a fused view meets a clean one. loss: simclr, vicreg,
+    falcon, icone; count: training images, icone has a row for each. temperature: of NT-Xent. seed: of
+    falcon's dictionary. ValueError for another loss.
     """
 
-    def __init__(self, encoder, features, fusion=None, loss="simclr", projector=(512, 128), count=0,
-                 temperature=0.2, seed=0):
+    def __init__(self, encoder, features, fusion=None, both=False, loss="simclr", projector=(512, 128),
+                 count=0, temperature=0.2, seed=0):
         super().__init__()
         if loss not in WEIGHTS:
             raise ValueError(f"loss {loss!r} is none of {', '.join(WEIGHTS)}")
         self.encoder = encoder
         self.fusion = fusion
+        self.both = both
         self.loss = loss
         self.temperature = temperature
         self.seed = seed
@@ -228,8 +247,8 @@ class BASSL(nn.Module):
         return self.fusion(x) if self.fusion else x
 
     def embed(self, view1, view2):
-        """z [B, D] of both views, each fused and projected by itself; the encoder looks at single images."""
-        views = torch.cat([self.fuse(view1), self.fuse(view2)])
+        """z [B, D] of both views, each projected by itself; the encoder looks at single images."""
+        views = torch.cat([self.fuse(view1), self.fuse(view2) if self.both else view2])
         h1, h2 = self.encoder(views).chunk(2)                        # [B, E]
         if self.training:
             h1, h2 = runs.gather(h1), runs.gather(h2)
@@ -728,14 +747,27 @@ def open_folder(args, state):
 
 
 # ==== This script ===========================================================================================
-# ---- Does it learn, or cheat? ------------------------------------------------------------------------------
+# ---- Does it mix? Does it cheat? ---------------------------------------------------------------------------
+@torch.no_grad()
+def mixing_meters(fusion, x, deals=16):
+    """What the module adds to images x [B, C, *S], in `deals` calls; rms, over that of x.
+
+    own: what stays however the slots are dealt. others: what differs. bias: what is added to equal images.
+    """
+    added = torch.stack([fusion(x) - x for _ in range(deals)])       # [deals, B, C, *S]
+    own = added.mean(0)
+    equal = x.mean(0).expand_as(x)
+    found = {"own": own, "others": added - own, "bias": fusion(equal) - equal}
+    return {name: (part.norm() / part.numel() ** 0.5 / rms(x)).item() for name, part in found.items()}
+
+
 @torch.no_grad()
 def noise_meters(model, shape):
     """Whether views of pure noise [B, C, *S] find their partners, though only their slot could tell.
 
-    model in eval mode -> gate, if there is one; noise_nt_xent of two unrelated views; noise_exchanged, the
-    same with partners exchanged; chance, log(2B - 1). Where embeddings spread both lie above chance; the
-    first well below the second is a shortcut.
+    model in eval mode -> noise_nt_xent of two unrelated views; noise_exchanged, the same with partners
+    exchanged; chance, log(2B - 1). Where embeddings spread both lie above chance; the first well below the
+    second is a shortcut.
     """
     device = next(model.parameters()).device
     noise1 = torch.rand(shape).to(device)
@@ -743,11 +775,8 @@ def noise_meters(model, shape):
     z1, z2 = model.embed(noise1, noise2)
     own = nt_xent(z1, z2, model.temperature)
     exchanged = nt_xent(z1, z2.roll(1, 0), model.temperature)
-    meters = {"gate": model.fusion.gate.item()} if model.fusion else {}
-    meters["noise_nt_xent"] = own.item()
-    meters["noise_exchanged"] = exchanged.item()
-    meters["chance"] = math.log(2 * shape[0] - 1)
-    return meters
+    return {"noise_nt_xent": own.item(), "noise_exchanged": exchanged.item(),
+            "chance": math.log(2 * shape[0] - 1)}
 
 
 def noise_verdict(model, shape, draws=20):
@@ -794,12 +823,14 @@ def main():
     add("--loss", default="simclr", choices=RECIPES, help="base method; sets batch, lr and projector")
     add("--projector", type=head_sizes, default="512-128", help="sizes of its layers; icone: none")
     add("--no-fusion", action="store_true", help="the base method alone")
-    add("--layers", type=int, default=2, choices=range(5), help="conv embeddings; 0: a gain on the images")
+    add("--layers", type=int, default=2, choices=range(1, 5), help="conv embeddings")
     add("--patch", type=bounded(int, 1), default=4, help="side of a patch; must divide the canvas")
-    add("--mixing", default="conv", choices=["conv", "grouped", "mixup"],
-        help="conv: learned; controls: grouped, no image sees another; mixup, a fixed share, --gate, of one")
-    add("--gate", type=bounded(float, -math.inf), help="its first value; if not given 0, with mixup 0.2")
-    add("--keep-slots", action="store_true", help="images keep their channels in both views: the shortcut")
+    add("--share", type=bounded(float, 0, 1), default=0.2, help="of an image that others take the place of")
+    add("--mixing", default="conv", choices=["conv", "random", "grouped", "mixup"],
+        help="conv: learned; controls: random, never trained; grouped, own image alone; mixup, one other")
+    add("--both", action="store_true", help="fuse both views; otherwise a fused view meets a clean one")
+    add("--keep-slots", action="store_true", help="images keep their channels in all calls: with --both a "
+        "shortcut")
     add("--temperature", type=bounded(float, 1e-3), default=0.2, help="of NT-Xent")
     loss = parser.parse_known_args()[0].loss
     parser.set_defaults(**RECIPES[loss])
@@ -817,30 +848,32 @@ def main():
     fusion = None
     if not args.no_fusion:
         own = args.batch // runs.processes()                         # a process fuses its own images
-        fusion = BatchFusion(own, patch=args.patch, layers=args.layers, mixing=args.mixing,
-                             keep_slots=args.keep_slots, gate=args.gate)
-    model = BASSL(encoder, encoder.features, fusion, loss=args.loss, projector=args.projector,
+        fusion = BatchFusion(own, patch=args.patch, layers=args.layers, share=args.share, mixing=args.mixing,
+                             keep_slots=args.keep_slots, axes=len(canvas))
+    model = BASSL(encoder, encoder.features, fusion, both=args.both, loss=args.loss, projector=args.projector,
                   count=len(data.images), temperature=args.temperature, seed=args.seed)
     model.to(args.device)
 
-    groups = {"network": [], "gate": [], "table": []}
-    for name, parameter in model.named_parameters():
-        own = {"fusion.gate": "gate", "table": "table"}.get(name, "network")
-        groups[own].append(parameter)
-    parts = [{"params": groups["network"]}]
-    if fusion:
-        parts.append({"params": groups["gate"], "weight_decay": 0.}) # what closes it shall be the loss
+    network = [weight for name, weight in model.named_parameters() if name != "table"]
+    parts = [{"params": network}]
     if args.loss == "icone":
-        parts.append({"params": groups["table"], "lr": 10 * args.lr})
+        parts.append({"params": [model.table], "lr": 10 * args.lr})
     optimizer = torch.optim.AdamW(parts, args.lr, weight_decay=0.05, fused=True)
 
     untrained = begin(model, data, folder)
     shape = args.batch // runs.processes(), *data.images.shape[1:]
-    history = train(model, optimizer, data, args, folder, state, partial(noise_meters, shape=shape))
+    few = pixels(data.images, fixed_order(len(data.images))[:shape[0]], args.device)
+
+    def meters(model):
+        mixing = mixing_meters(fusion, few) if fusion else {}
+        return mixing | noise_meters(model, shape)
+
+    history = train(model, optimizer, data, args, folder, state, meters)
     more_probes = {}
     if fusion:
         model.eval()
-        print(f"\ngate {fusion.gate.item():.3f}. {noise_verdict(model, shape)}")
+        shares = ", ".join(f"{name} {value:.3f}" for name, value in mixing_meters(fusion, few).items())
+        print(f"\nadded to an image, of its own strength: {shares}. {noise_verdict(model, shape)}")
         few = limited(data)
         h = fused_features(model, few.images)
         more_probes["with the module"] = probe(few, h, fused_features(model, few.test_images))

@@ -100,13 +100,14 @@ class FALCON(nn.Module):
     """An encoder to `features` numbers, a projector with layers of these sizes, a dictionary of codes.
 
     batch: images of a view, n. temperature: over the derived one. prior: reverse, forward or none.
+    rise: calls in training in which beta rises from 0, so that codes are spread before images settle on one.
     dictionary: fixed, or one of three learnable ones, which start at the fixed one and keep its rows' length:
     learned by gradient; hybrid, a quarter of it by gradient; alternating, a step of k-means every 8 batches
     on the embeddings of the last 32.
     """
 
     def __init__(self, encoder, features, batch, projector=(64,), codes=512, norm="l2", prior="reverse",
-                 beta=0.7, temperature=1., eps=1e-8, dictionary="fixed", seed=0):
+                 beta=1., rise=0, temperature=1., eps=1e-8, dictionary="fixed", seed=0):
         super().__init__()
         f = projector[-1]
         final = nn.Tanh() if norm == "tanh" else Sphere(math.sqrt(f / batch))
@@ -115,6 +116,9 @@ class FALCON(nn.Module):
         self.temperature = temperature * derived_temperature(batch, f, codes, eps)
         self.prior = prior
         self.beta = beta
+        self.rise = rise
+        if rise:
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.dictionary = dictionary
         self.codes = codes
         self.width = f
@@ -154,6 +158,11 @@ class FALCON(nn.Module):
         z1 = self.projector(runs.gather(h1))                         # [B, f]
         z2 = self.projector(runs.gather(h2))
         prior = "reverse" if self.prior == "none" else self.prior
+        beta = self.beta
+        notes = {}
+        if self.training and self.rise:
+            self.calls += 1
+            beta = notes["beta"] = beta * (self.calls / self.rise).clamp(max=1)
         if self.dictionary == "fixed":
             kl, ce = dictionary_loss(z1, z2, self.codes, self.seed, self.temperature, prior)
         else:
@@ -163,8 +172,8 @@ class FALCON(nn.Module):
                 W = self.code_vectors()
                 kl, ce = dictionary_reference(z1.float(), z2.float(), W, self.temperature, prior)
         if self.prior == "none":
-            return {"cross_entropy": self.beta * ce}, {"prior": kl}
-        return {"prior": kl, "cross_entropy": self.beta * ce}, {}
+            return {"cross_entropy": beta * ce}, notes | {"prior": kl}
+        return {"prior": kl, "cross_entropy": beta * ce}, notes
 
 
 def loss_values(n, codes, used, beta=1., eps=1e-8, prior="reverse"):
@@ -801,7 +810,7 @@ def report_collapses(model, data, history, args, folder):
 
 # ---- Its options -------------------------------------------------------------------------------------------
 RELEASED = dict(epochs=1000, lr=2.5e-4 * 2 ** 0.5, weight_decay=1e-4,
-                projector=[2048], codes=16384, norm="tanh", beta=1.)
+                projector=[2048], codes=16384, norm="tanh", beta_rise=0.)
 
 
 def main():
@@ -816,7 +825,8 @@ def main():
     add("--norm", default="l2", choices=["tanh", "l2"], help="of z: the release's or the preprint's")
     add("--prior", default="reverse", choices=["reverse", "forward", "none"],
         help="the release's form, the preprint's; none shows the collapse")
-    add("--beta", type=bounded(float, 0), default=0.7, help="weight of the cross-entropy")
+    add("--beta", type=bounded(float, 0), default=1., help="weight of the cross-entropy in the end")
+    add("--beta-rise", type=bounded(float, 0, 1.1), default=1., help="part of the run in which it rises from 0")
     add("--temperature", type=bounded(float, 1e-3), default=1., help="over the derived one")
     add("--eps", type=bounded(float, 1e-30), default=1e-8, help="below 1 / (codes - 1): sets the temperature")
     add("--weight-decay", type=bounded(float, 0), default=0.05, help="of AdamW")
@@ -830,9 +840,10 @@ def main():
     encoder = encoder_for(args, data)
     folder = open_folder(args, state)
 
+    calls = len(data.images) // (args.batch * args.accumulate) * args.accumulate * args.epochs
     model = FALCON(encoder, encoder.features, args.batch, projector=args.projector, codes=args.codes,
-                   norm=args.norm, prior=args.prior, beta=args.beta, temperature=args.temperature,
-                   eps=args.eps, dictionary=args.dictionary, seed=args.seed)
+                   norm=args.norm, prior=args.prior, beta=args.beta, rise=round(args.beta_rise * calls),
+                   temperature=args.temperature, eps=args.eps, dictionary=args.dictionary, seed=args.seed)
     model.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     few = data.test_images[fixed_order(len(data.test_images))[:512]]

@@ -48,76 +48,124 @@ def test_nt_xent_is_least_where_images_form_a_simplex():
     assert value == pytest.approx(math.log(1 + 126 * math.exp(-64 / 63 / .2))) == pytest.approx(.579, abs=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 12), (1, 8, 4, 12), (2, 4, 4, 4)])
-@pytest.mark.parametrize("keep_slots", [False, True])
-def test_partition_and_restore_are_inverses(shape, keep_slots):
-    x, fusion = views(6, shape), ba_ssl.BatchFusion(6, 4, 0, keep_slots=keep_slots, gate=.5).double()
-    picture = fusion.partition(x)
-    assert picture.shape == (1, 6, math.prod(shape[1:]) // 4 ** (len(shape) - 1), shape[0] * 4 ** (len(shape) - 1))
-    assert torch.equal(fusion.restore(picture, x.shape), x)
-    corner = x[2][(slice(None), *[slice(0, 4)] * (x.ndim - 3), slice(-4, None))]         # the last patch of its row
-    last = picture[0, 2, shape[-1] // 4 - 1]
-    assert torch.equal(last.sort().values, corner.flatten().sort().values)
-    torch.testing.assert_close(fusion(x), 1.5 * x)                       # F is the identity at K = 0
-
-
-@pytest.mark.parametrize("mixing", ["conv", "grouped"])
-@pytest.mark.parametrize("layers", range(5))
-def test_at_gate_0_views_pass_unchanged_and_the_gate_has_a_gradient(mixing, layers):
-    fusion, x = ba_ssl.BatchFusion(6, 4, layers, mixing).double(), views()
-    out = fusion(x)
-    assert torch.equal(out, x)
-    (out * views(seed=1)).sum().backward()
-    assert fusion.gate.grad != 0
-
-
-def open_gate(**options):
+def module(batch=6, **options):
     torch.manual_seed(0)
-    return ba_ssl.BatchFusion(6, 4, gate=.5, **options).double()
+    return ba_ssl.BatchFusion(batch, **options).double()
 
 
-@pytest.mark.parametrize("mixing, mixes", [("conv", True), ("grouped", False), ("mixup", True)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 12), (1, 8, 4, 12), (2, 4, 4, 4)])
+def test_partition_and_restore_are_inverses_and_keep_neighbours(shape):
+    x, axes = views(6, shape), len(shape) - 1
+    fusion = module(axes=axes)
+    patches = fusion.partition(x)
+    assert patches.shape == (math.prod(shape) // 4 ** axes, 6, *[4] * axes)
+    assert torch.equal(fusion.restore(patches, x.shape), x)
+    corner = x[2][(0, *[slice(0, 4)] * axes)]                            # channel 0, first patch, laid out as it was
+    assert torch.equal(patches[0, 2], corner)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_any_number_of_layers_mixes_from_the_start_and_no_bias_does(layers, axes):
+    """Others make more than 5 % of an image at the start, and equal images, the bias, add less than a tenth of it;
+    nor do images that vary leave a pattern of the slots: the mean over many batches."""
+    fusion = module(64, layers=layers, axes=axes, keep_slots=True)
+    shape = (1, 20, 20) if axes == 2 else (1, 8, 8, 8)
+    batches = [views(64, shape, seed) for seed in range(30)]
+    fusion.keep_slots = False
+    meters = ba_ssl.mixing_meters(fusion, batches[0])
+    assert meters["others"] >= .05 and meters["bias"] <= .1 * meters["others"], meters
+    fusion.keep_slots = True
+    added = torch.stack([fusion(x) - x for x in batches])
+    pattern = ba_ssl.rms(added.mean(0)) ** 2 - ba_ssl.rms(added) ** 2 / len(added)       # less what chance leaves
+    assert pattern < (.1 * ba_ssl.rms(added)) ** 2
+
+
+def test_share_is_what_others_take_the_place_of():
+    """By hand: x + share (mixed - differs), mixed orthogonal to each image and as strong as the batch's differences."""
+    fusion, x = module(share=.3, keep_slots=True), views()
+    differs = x - x.mean(0)
+    mixed = (fusion(x) - x) / .3 + differs
+    assert (mixed * differs).flatten(1).sum(1).abs().max() < 1e-10
+    assert ba_ssl.rms(mixed).item() == pytest.approx(ba_ssl.rms(differs).item())
+    assert torch.equal(module(share=0.)(x), x)
+    equal = x[:1].expand(6, -1, -1, -1)
+    torch.testing.assert_close(fusion(equal), equal)
+
+
+def test_strength_of_the_weights_does_not_matter():
+    """Neither training nor weight decay can close the module."""
+    fusion, x = module(keep_slots=True), views()
+    before = fusion(x)
+    for weight in fusion.parameters():
+        weight.data *= 1e-3
+    torch.testing.assert_close(fusion(x), before)
+
+
+@pytest.mark.parametrize("mixing, mixes", [("conv", True), ("random", True), ("grouped", False), ("mixup", True)])
 def test_who_sees_whom(mixing, mixes):
-    """Another image in place 3 changes other images' output where images mix, and only there."""
-    fusion, x = open_gate(mixing=mixing, keep_slots=True), views()
+    """Another image in place 3 changes what image 0 to 5 get of the others, and with `grouped` only its own.
+
+    mix() is asked with images whose mean and strength stay, so that these do not carry the change around."""
+    fusion, x = module(mixing=mixing, keep_slots=True), views() - .5
     changed = x.clone()
-    changed[3] = views(1, seed=5)[0]
-    differs = (fusion(x) - fusion(changed)).flatten(1).abs().amax(1) > 1e-9
+    changed[3] = -x[3]
+    differs = (fusion.mix(x) - fusion.mix(changed)).flatten(1).abs().amax(1) > 1e-9
     if mixing == "mixup":
-        torch.testing.assert_close(fusion(x), x + .5 * (x.roll(1, 0) - x))
-        assert differs.tolist() == [False, False, False, True, True, False]
+        assert torch.equal(fusion.mix(x), x.roll(1, 0))
+        assert differs.tolist() == [False, False, False, False, True, False]
+    elif mixes:
+        assert all(differs[[0, 1, 2, 4, 5]])
     else:
-        assert differs[3] and all(differs[[0, 1, 2, 4, 5]] == mixes)
+        assert differs.tolist() == [False, False, False, True, False, False]
 
 
-def test_a_misspelt_mixing_or_loss_is_named():
+def test_mixup_is_a_fixed_share_of_another_image():
+    fusion, x = module(mixing="mixup", share=.25, keep_slots=True), views()
+    torch.testing.assert_close(fusion(x), .75 * x + .25 * x.roll(1, 0))
+
+
+@pytest.mark.parametrize("mixing, trained", [("conv", 2), ("random", 0), ("grouped", 2), ("mixup", 0)])
+def test_what_is_trained(mixing, trained):
+    fusion, x = module(mixing=mixing), views().requires_grad_()
+    (fusion(x) * views(seed=1)).sum().backward()
+    assert sum(weight.grad is not None and bool(weight.grad.any()) for weight in fusion.parameters()) == trained
+
+
+def test_a_misspelt_mixing_or_loss_and_no_layer_are_named():
     with pytest.raises(ValueError, match="mixing 'mix' is none of"):
         ba_ssl.BatchFusion(6, mixing="mix")
+    with pytest.raises(ValueError, match="layers = 0"):
+        ba_ssl.BatchFusion(6, layers=0)
     with pytest.raises(ValueError, match="loss 'SimCLR' is none of"):
         ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), 32, loss="SimCLR")
 
 
 @pytest.mark.slow
 def test_compiled_fusion_still_deals_slots_anew():
-    fusion, x = torch.compile(open_gate()), views()
+    fusion, x = torch.compile(module()), views()
     assert not torch.allclose(fusion(x), fusion(x))
 
 
-def test_grouped_has_as_many_weights_as_conv():
-    count = {mixing: sum(p.numel() for p in ba_ssl.BatchFusion(8, mixing=mixing).parameters() if p.ndim > 1)
-             for mixing in ("conv", "grouped")}
-    assert count["conv"] == count["grouped"]
-
-
 def test_slots_are_permuted_anew_in_each_call_unless_kept():
-    fusion, kept, x = open_gate(), open_gate(keep_slots=True), views()
+    fusion, kept, x = module(), module(keep_slots=True), views()
     assert not torch.allclose(fusion(x), fusion(x)) and torch.equal(kept(x), kept(x))
 
 
 def test_wrong_batch_or_canvas_is_named():
-    for x in (views(5), views(6, (1, 8, 10)), views(6, (8, 8))):
+    for x in (views(5), views(6, (1, 8, 10)), views(6, (8, 8)), views(6, (1, 8, 8, 8))):
         with pytest.raises(ValueError, match="B = 6 and sides divisible by 4"):
-            ba_ssl.BatchFusion(6, 4)(x)
+            ba_ssl.BatchFusion(6)(x)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_fused_view_meets_a_clean_one_unless_both_are_fused(both):
+    model, (view1, view2) = model_on_noise("simclr", fusion=ba_ssl.BatchFusion(6, keep_slots=True), both=both)
+    z1, z2 = model.embed(view1, view2)
+    clean = model.eval().projector(model.encoder(view2))
+    _, again = model.embed(view1, view2)
+    assert torch.allclose(again, clean) != both
+    assert not torch.allclose(model.embed(view1, view2)[0], model.projector(model.encoder(view1)))
 
 
 def model_on_noise(loss, **options):
@@ -141,7 +189,7 @@ def test_vicreg_is_that_of_its_script():
 @pytest.mark.parametrize("seed", [0, 3])
 def test_falcon_is_that_of_its_script(seed):
     model, views = model_on_noise("falcon", projector=(64,), seed=seed)
-    own = falcon.FALCON(model.encoder, 32, batch=6, seed=seed)
+    own = falcon.FALCON(model.encoder, 32, batch=6, beta=ba_ssl.WEIGHTS["falcon"]["cross_entropy"], seed=seed)
     own.projector.load_state_dict(model.projector.state_dict())
     ours, theirs = model(*views, None), own(*views)
     assert_same_terms(ours, theirs)
@@ -174,43 +222,41 @@ def test_an_index_of_the_wrong_length_is_refused_and_named():
         ba_ssl.icone_terms(z, z, torch.ones(9, 8), torch.arange(4))
 
 
+class Gain(torch.nn.Module):
+    """x -> 1.5 x, of 8 images."""
+    batch = 8
+
+    def forward(self, x):
+        return 1.5 * x
+
+
 def test_features_behind_the_module_keep_their_order_and_number():
-    fusion = ba_ssl.BatchFusion(8, 4, 0, gate=.5)                        # x -> 1.5 x
-    model, stack = ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), 32, fusion), torch.rand(19, 1, 8, 8)
+    model, stack = ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), 32, Gain()), torch.rand(19, 1, 8, 8)
     for n in (3, 8, 19):
         behind = ba_ssl.fused_features(model, stack[:n])
         torch.testing.assert_close(behind, model.encoder(1.5 * stack[:n]).detach())
 
 
-class Stamp(torch.nn.Module):
-    """A picture of its own in each channel, whatever comes in: the most blatant slot signature."""
-
-    def forward(self, picture):
-        return torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize("keep_slots", [False, True])
-def test_noise_meters_see_a_mark_that_slots_carry(keep_slots):
-    model, _ = model_on_noise("simclr", fusion=ba_ssl.BatchFusion(64, keep_slots=keep_slots, gate=3.))
-    model.fusion.embedding = Stamp()
+def test_noise_meters_see_a_mark_that_slots_carry(keep_slots, monkeypatch):
+    """A picture of its own for each slot, whatever comes in: the most blatant slot signature."""
+    fusion = ba_ssl.BatchFusion(64, keep_slots=keep_slots, share=.75)
+    stamp = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(fusion, "mix", lambda x: 3 * stamp)
+    model, _ = model_on_noise("simclr", fusion=fusion, both=True)
     meters = ba_ssl.noise_meters(model, (64, 1, 8, 8))
-    assert meters["gate"] == 3 and meters["chance"] == pytest.approx(math.log(127))
+    assert meters["chance"] == pytest.approx(math.log(127))
     below = meters["noise_exchanged"] - meters["noise_nt_xent"]
     assert below > 1 if keep_slots else abs(below) < .3
     verdict = ba_ssl.noise_verdict(model, (64, 1, 8, 8))
     assert verdict.startswith("SHORTCUT" if keep_slots else "Slots give no partner away") and "chance 4.84" in verdict
 
 
-def test_noise_meters_without_fusion_have_no_gate():
-    assert set(ba_ssl.noise_meters(model_on_noise("simclr")[0], (8, 1, 8, 8))) == {
-        "noise_nt_xent", "noise_exchanged", "chance"}
-
-
-def loss_after_training_on_noise(keep_slots, steps=400, b=16):
+def loss_on_noise(both, keep_slots, steps=400, b=16, **options):
     """Mean NT-Xent of the last 50 of `steps` steps on independent noise views, over chance."""
     torch.manual_seed(0)
-    fusion = ba_ssl.BatchFusion(b, 4, 2, keep_slots=keep_slots)
-    model = ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), 32, fusion).train()
+    fusion = ba_ssl.BatchFusion(b, keep_slots=keep_slots, **options)
+    model = ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), 32, fusion, both).train()
     optimizer, seen = torch.optim.AdamW(model.parameters(), 1e-2), []
     for _ in range(steps):
         terms, _ = model(torch.rand(b, 1, 8, 8), torch.rand(b, 1, 8, 8), torch.arange(b))
@@ -221,6 +267,12 @@ def loss_after_training_on_noise(keep_slots, steps=400, b=16):
     return sum(seen[-50:]) / 50 / math.log(2 * b - 1)
 
 
-def test_permuted_slots_leave_noise_at_chance_and_kept_slots_do_not():
-    assert loss_after_training_on_noise(False) == pytest.approx(1, abs=.02)
-    assert loss_after_training_on_noise(True) < .8
+@pytest.mark.parametrize("both, keep_slots", [(False, False), (False, True), (True, False)])
+def test_noise_stays_at_chance(both, keep_slots):
+    """Nor can a fused view find its clean partner where slots stay: the clean one carries no mark."""
+    assert loss_on_noise(both, keep_slots) == pytest.approx(1, abs=.02)
+
+
+def test_slots_that_stay_in_both_views_are_a_shortcut():
+    """With most of an image replaced by its slot's own filter of it; at a share of .2 they stay at chance too."""
+    assert loss_on_noise(True, True, share=.9, mixing="grouped") < .8

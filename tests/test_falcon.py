@@ -153,6 +153,22 @@ def test_without_a_prior_it_is_only_logged():
     assert set(terms) == {"cross_entropy"} and set(notes) == {"prior"}
 
 
+def test_beta_rises_from_0_over_the_calls_in_training_and_a_checkpoint_knows_how_far():
+    net, steady = model(beta=2., rise=4), model(beta=2.)
+    def cross_entropy(net):
+        terms, notes = net(images(seed=1), images(seed=2))
+        return terms["cross_entropy"].item(), float(notes.get("beta", -1))
+    whole, _ = cross_entropy(steady.train())
+    net.train()
+    for calls in (1, 2):
+        value, beta = cross_entropy(net)
+        assert beta == 2 * calls / 4 and value == pytest.approx(whole * calls / 4, rel=1e-5)
+    resumed = model(beta=2., rise=4).train()
+    resumed.load_state_dict(net.state_dict())
+    assert [cross_entropy(resumed)[1] for _ in range(3)] == [1.5, 2, 2]
+    assert cross_entropy(resumed.eval())[1] == -1                        # in use it is what it is
+
+
 def test_the_fixed_dictionary_is_in_no_checkpoint():
     net = model()
     assert {name.split(".")[0] for name in net.state_dict()} == {"encoder", "projector"}
