@@ -55,7 +55,7 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 from sklearn.mixture import GaussianMixture
 
 from kernels import (bank_topk, collapse_panel, dictionary_loss, dictionary_reference, dictionary_signs,
-                     knn_accuracy, runs, verdict)
+                     few_label_accuracy, knn_accuracy, runs, verdict)
 from kernels.images import Data, digest, encode, fixed_order, limited, pixels, read_images, some
 from kernels.pictures import plot_curves, plot_embedding, plot_neighbours, plot_views, save_figure
 from kernels.runs import die
@@ -106,7 +106,7 @@ class FALCON(nn.Module):
     on the embeddings of the last 32.
     """
 
-    def __init__(self, encoder, features, batch, projector=(64,), codes=512, norm="l2", prior="reverse",
+    def __init__(self, encoder, features, batch, projector=(128,), codes=2048, norm="l2", prior="reverse",
                  beta=1., rise=0, temperature=1., eps=1e-8, dictionary="fixed", seed=0):
         super().__init__()
         f = projector[-1]
@@ -429,15 +429,19 @@ def small_pixels(x):
 
 
 def probe(data, h, h_test):
-    """k-NN and linear accuracy; linear: logistic regression on standardised features, 300 steps at most."""
+    """Accuracy of k-NN, of a linear probe and from 1, 5, 10 labels a class.
+
+    linear: logistic regression on standardised features, 300 steps at most.
+    """
     if data.labels is None:
         return {}
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # of raw pixels: they go on for minutes
         linear.fit(h, data.labels)
-    return {"k-NN": knn_accuracy(h, data.labels, h_test, data.test_labels),
-            "linear": linear.score(h_test, data.test_labels)}
+    known = h, data.labels, h_test, data.test_labels
+    return {"k-NN": knn_accuracy(*known), "linear": linear.score(h_test, data.test_labels)} | {
+        f"{labels} a class": few_label_accuracy(*known, labels) for labels in (1, 5, 10)}
 
 
 @torch.no_grad()
@@ -501,8 +505,6 @@ def report(model, data, untrained, history, folder, **more_probes):
 
     if data.labels is not None:
         print_table(probes)
-        if pixel_rows[0].shape[1] < data.images[:1].numel():
-            print("raw pixels: of images shrunk to 32 x 32 or 16 x 16 x 16")
     print_table(panels)
     print(f"\n{sentence}")
     plot_curves(history, probes, folder)
@@ -818,15 +820,16 @@ def main():
     add = parser.add_argument
     add("--recipe", default="default", choices=["default", "released"],
         help="released: the authors' settings for options that are not given")
-    add("--projector", type=layer_sizes, default="64", help="sizes of the projector's layers; the last is f")
-    add("--codes", type=bounded(int, 2, 2**24), default=512, help="c, size of the dictionary")
+    add("--projector", type=layer_sizes, default="128", help="sizes of the projector's layers; the last is f")
+    add("--codes", type=bounded(int, 2, 2**24), default=2048, help="c, size of the dictionary")
     add("--dictionary", default="fixed", choices=["fixed", "learned", "alternating", "hybrid"],
         help="what it does during training")
     add("--norm", default="l2", choices=["tanh", "l2"], help="of z: the release's or the preprint's")
     add("--prior", default="reverse", choices=["reverse", "forward", "none"],
         help="the release's form, the preprint's; none shows the collapse")
     add("--beta", type=bounded(float, 0), default=1., help="weight of the cross-entropy in the end")
-    add("--beta-rise", type=bounded(float, 0, 1.1), default=1., help="part of the run in which it rises from 0")
+    add("--beta-rise", type=bounded(float, 0, 1.1), default=1.,
+        help="part of the run in which beta rises from 0")
     add("--temperature", type=bounded(float, 1e-3), default=1., help="over the derived one")
     add("--eps", type=bounded(float, 1e-30), default=1e-8, help="below 1 / (codes - 1): sets the temperature")
     add("--weight-decay", type=bounded(float, 0), default=0.05, help="of AdamW")

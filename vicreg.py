@@ -47,7 +47,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm import tqdm
 
-from kernels import collapse_panel, knn_accuracy, runs, variance_covariance, verdict
+from kernels import collapse_panel, few_label_accuracy, knn_accuracy, runs, variance_covariance, verdict
 from kernels.images import Data, digest, encode, limited, pixels, read_images, some
 from kernels.pictures import plot_curves, plot_embedding, plot_neighbours, plot_views
 from kernels.runs import die
@@ -335,15 +335,19 @@ def small_pixels(x):
 
 
 def probe(data, h, h_test):
-    """k-NN and linear accuracy; linear: logistic regression on standardised features, 300 steps at most."""
+    """Accuracy of k-NN, of a linear probe and from 1, 5, 10 labels a class.
+
+    linear: logistic regression on standardised features, 300 steps at most.
+    """
     if data.labels is None:
         return {}
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # of raw pixels: they go on for minutes
         linear.fit(h, data.labels)
-    return {"k-NN": knn_accuracy(h, data.labels, h_test, data.test_labels),
-            "linear": linear.score(h_test, data.test_labels)}
+    known = h, data.labels, h_test, data.test_labels
+    return {"k-NN": knn_accuracy(*known), "linear": linear.score(h_test, data.test_labels)} | {
+        f"{labels} a class": few_label_accuracy(*known, labels) for labels in (1, 5, 10)}
 
 
 @torch.no_grad()
@@ -407,8 +411,6 @@ def report(model, data, untrained, history, folder, **more_probes):
 
     if data.labels is not None:
         print_table(probes)
-        if pixel_rows[0].shape[1] < data.images[:1].numel():
-            print("raw pixels: of images shrunk to 32 x 32 or 16 x 16 x 16")
     print_table(panels)
     print(f"\n{sentence}")
     plot_curves(history, probes, folder)

@@ -79,7 +79,7 @@ def _chunk_rows(q):
     """Bank rows at a time: on a GPU until its memory counts, on a CPU until its caches do."""
     if q.is_cuda:
         return max(512, GPU_CHUNK // len(q))
-    return max(512, min(8192, 2 ** 19 // len(q)))      # 2 MB a tile: measured best at 2 cores, 1 MB of L2 each
+    return max(512, min(8192, 2 ** 19 // len(q)))      # 2 MB a tile: measured best at 2 cores
 
 
 def _chunks(q, bank, size):

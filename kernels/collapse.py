@@ -241,3 +241,25 @@ def knn_accuracy(h, y, h_test, y_test, k=5, temperature=0.07):
     votes = cosine.new_zeros(len(h_test), int(y.max()) + 1)
     votes.scatter_add_(1, y[row], (cosine / temperature).exp())
     return (votes.argmax(dim=1) == y_test).double().mean().item()
+
+
+@torch.no_grad()
+def few_label_accuracy(h, y, h_test, y_test, labels, draws=10):
+    """Accuracy of the nearest class mean, from `labels` images a class; mean over `draws` choices of them.
+
+    Other arguments as above. Features less the mean of all h, which needs no labels, at unit length:
+    SimpleShot's CL2N, Wang et al., arXiv 1911.04623. A class of fewer images has all of them taken.
+    """
+    centre = h.mean(dim=0)
+    unit = F.normalize(h - centre)
+    unit_test = F.normalize(h_test - centre)
+    generator = torch.Generator().manual_seed(0)
+    classes = y.unique()
+    total = 0
+    for _ in range(draws):
+        order = torch.randperm(len(y), generator=generator).to(y.device)
+        chosen = [order[y[order] == name][:labels] for name in classes]
+        means = torch.stack([unit[rows].mean(dim=0) for rows in chosen])
+        nearest = torch.cdist(unit_test, means).argmin(dim=1)
+        total += (classes[nearest] == y_test).double().mean().item()
+    return total / draws

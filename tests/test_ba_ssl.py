@@ -189,7 +189,8 @@ def test_vicreg_is_that_of_its_script():
 @pytest.mark.parametrize("seed", [0, 3])
 def test_falcon_is_that_of_its_script(seed):
     model, views = model_on_noise("falcon", projector=(64,), seed=seed)
-    own = falcon.FALCON(model.encoder, 32, batch=6, beta=ba_ssl.WEIGHTS["falcon"]["cross_entropy"], seed=seed)
+    beta = ba_ssl.WEIGHTS["falcon"]["cross_entropy"]
+    own = falcon.FALCON(model.encoder, 32, batch=6, projector=(64,), codes=512, beta=beta, seed=seed)
     own.projector.load_state_dict(model.projector.state_dict())
     ours, theirs = model(*views, None), own(*views)
     assert_same_terms(ours, theirs)

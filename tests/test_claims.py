@@ -25,7 +25,7 @@ def test_default_run_on_posed_digits(tmp_path, script, name, least_knn, least_li
         done = subprocess.run([sys.executable, ROOT / script, "--seed", str(seed), "--device", "cpu"],
                               cwd=tmp_path, capture_output=True, text=True, check=True)
         seconds.append(time.time() - start)
-        row = re.search(r"^trained encoder +(\S+) +(\S+)$", done.stdout, re.M)
+        row = re.search(r"^trained encoder +(\S+) +(\S+) ", done.stdout, re.M)
         scores.append([float(number) for number in row.groups()])
     knn, linear = map(statistics.mean, zip(*scores))
     assert knn >= least_knn and linear >= least_linear, scores

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 import forked
 import vicreg
-from kernels import collapse_panel, knn_accuracy, verdict
+from kernels import collapse_panel, few_label_accuracy, knn_accuracy, verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -317,3 +317,21 @@ def test_readmes_four_lines_run_in_a_foreign_loop():
     assert verdict(panel, panel).endswith(".")
     assert not math.isnan(panel["TwoNN"])
     assert F.normalize(z[0]).requires_grad                               # nothing of it is detached in place
+
+
+@pytest.mark.parametrize("labels", [1, 3, 50])
+def test_few_label_accuracy_is_sklearns_nearest_centroid_of_the_chosen(labels):
+    """CL2N by hand, the same choices; a class of 12 images has all of them taken."""
+    generator = torch.Generator().manual_seed(1)
+    y, y_test = torch.arange(60) % 4 + 2, torch.arange(80) % 4 + 2       # classes 2 to 5
+    y = torch.cat([y[:-3], y.new_full((12,), 9)])                        # and a small one, far apart in number
+    centres = torch.randn(10, 6, generator=generator)
+    h, h_test = (centres[c] + 1.5 * torch.randn(len(c), 6, generator=generator) + 3 for c in (y, y_test))
+    unit, unit_test = (torch.nn.functional.normalize(x - h.mean(0)) for x in (h, h_test))
+    draws, scores = torch.Generator().manual_seed(0), []
+    for _ in range(7):
+        order = torch.randperm(len(y), generator=draws)
+        rows = torch.cat([order[y[order] == c][:labels] for c in y.unique()])
+        scores.append(NearestCentroid().fit(unit[rows], y[rows]).score(unit_test, y_test))
+    expected = sum(scores) / 7
+    assert few_label_accuracy(h, y, h_test, y_test, labels, draws=7) == pytest.approx(expected) and .2 < expected < 1

@@ -1,5 +1,7 @@
 """falcon.py: the values derived for the loss at its optimum and at each collapse, the meters, the four dictionaries."""
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,9 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import normalized_mutual_info_score
 
+sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import falcon
+import free_features
 from kernels import dictionary_loss, dictionary_reference, dictionary_signs
 
 
@@ -228,3 +232,37 @@ def test_meters_tell_the_collapses_apart():
 def test_mixture_entropy_of_one_gaussian_is_the_textbooks():
     h = 2 * torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
     assert falcon.mixture_entropy(h, components=1, samples=2000) == pytest.approx(.5 * math.log(2 * math.pi * math.e * 4), abs=.03)
+
+
+# ---- The theorem, where it is one: free features (tests/experiments/free_features.py) ----------------------------
+@pytest.mark.parametrize("norm", ["l2", "tanh"])
+@pytest.mark.parametrize("codes, steps", [(64, 600), (512, 300)])
+def test_free_features_reach_the_optimum_and_none_of_the_four_collapses(norm, codes, steps):
+    """More images than codes, and fewer; from a random start, with beta rising: loss, codes, decorrelation, dimensions."""
+    n, f = 128, 16
+    h, _ = free_features.descend(n, codes, f, norm, steps=steps)
+    found = free_features.judged(h, codes)
+    assert found["distance"] <= .05
+    assert found["codes"] >= min(codes, .95 * n)                         # n < c: two images may share one
+    assert found["off_diagonal"] <= 1.1 / math.sqrt(found["codes"])
+    span = free_features.judged(dictionary_signs(codes, f, 0), codes)["dimensions"]      # of the codes themselves
+    assert found["dimensions"] >= .95 * span
+    assert abs(found["cosine"]) < .02 and found["std"] > .9 * h.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("norm", ["l2", "tanh"])
+def test_without_the_prior_free_features_stay_where_they_start(norm):
+    """One point stays one, at the least loss; spread ones stay spread: without a network nothing draws images together."""
+    for start, codes in (("collapsed", 1), ("random", 57)):
+        h, _ = free_features.descend(128, 64, 16, norm, start, prior="none", rise=0, steps=200)
+        found = free_features.judged(h, 64, prior="none")
+        assert found["distance"] < .02 and found["codes"] == codes, found
+
+
+@pytest.mark.parametrize("norm, reached", [("l2", .25), ("tanh", .05)])
+def test_from_a_collapsed_start_descent_needs_the_rise_of_beta(norm, reached):
+    distances = []
+    for rise in (.5, 0):
+        h, _ = free_features.descend(128, 64, 16, norm, "collapsed", rise=rise, steps=600)
+        distances.append(free_features.judged(h, 64)["distance"])
+    assert distances[0] <= reached and distances[1] > .35, distances

@@ -38,7 +38,8 @@ def numbers(job):
     """One run's numbers in the order of COLUMNS."""
     report = run(*job)
     panel = report["panels"]["projector z"]
-    return [*report["probes"]["trained encoder"].values(), panel["RankMe"], panel["TwoNN"]]
+    probe = report["probes"]["trained encoder"]
+    return [probe["k-NN"], probe["linear"], panel["RankMe"], panel["TwoNN"]]
 
 
 def main():

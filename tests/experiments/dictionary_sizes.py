@@ -1,6 +1,6 @@
 """FALCON from 16 to 16,384 codes, its learnable dictionaries, and without its prior: README's table and figure.
 
-    python tests/experiments/dictionary_sizes.py --jobs 2               # about half an hour on 2 cores; goes on where it stopped
+    python tests/experiments/dictionary_sizes.py --jobs 2               # three quarters of an hour on 2 cores; goes on where it stopped
 
 Runs falcon.py as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/dictionary-sizes.
 """
@@ -15,12 +15,17 @@ from batch_sizes import run
 from matplotlib.figure import Figure
 
 SIZES = [16, 64, 256, 1024, 4096, 16384]
-RUNS = {**{str(size): ["--codes", str(size)] for size in SIZES},
-        "512, the default": [],
-        **{f"512, {kind}": ["--dictionary", kind] for kind in ("learned", "alternating", "hybrid")},
-        "512, `--norm tanh`": ["--norm", "tanh"],
-        "512, `--prior forward`": ["--prior", "forward"],
-        "512, `--prior none`": ["--prior", "none"]}
+RUNS = {"2048, the default": [],
+        **{str(size): ["--codes", str(size)] for size in SIZES},
+        "2048, `--beta-rise 0`": ["--beta-rise", "0"],
+        "2048, `--prior none`": ["--prior", "none"],
+        "2048, `--norm tanh`": ["--norm", "tanh"],
+        "2048, `--dictionary learned`": ["--dictionary", "learned"],
+        **{f"{size}, learned": ["--codes", str(size), "--dictionary", "learned"] for size in (16, 64)},
+        "2048, `--projector 512-128`": ["--projector", "512-128"],
+        "2048, `--projector 64`": ["--projector", "64"],
+        "2048, `--prior forward`": ["--prior", "forward"],
+        **{f"2048, {kind}": ["--dictionary", kind] for kind in ("alternating", "hybrid")}}
 COLUMNS = {  # name in meters.json, or in report.json: decimals
     "k-NN": 3, "linear": 3, "NMI": 3, "NMI of a random assignment": 3, "AMI": 3, "codes": 0,
     "assignment_entropy": 2, "dimensions": 1, "off_diagonal": 3, "cosine": 2, "loss": 2}
@@ -40,7 +45,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs", "dictionary-sizes"))
     args = parser.parse_args()
     jobs = {(name, seed): ((args.out / f"{name.replace('`', '')} {seed}").resolve(), [*options, "--seed", str(seed)])
-            for name, options in RUNS.items() for seed in range(args.seeds)}
+            for seed in range(args.seeds) for name, options in RUNS.items()}
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(numbers, jobs.values())))
     print(f"| codes | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
