@@ -15,7 +15,10 @@ follows: NT-Xent (SimCLR), or that of vicreg.py, falcon.py, icone.py.
     python ba_ssl.py --loss vicreg                      # or falcon, icone; each with or without fusion
     python ba_ssl.py --mixing mixup                     # a control: another image in place of F
 
-EXPECT
+Expect k-NN accuracy 0.904 ± 0.010 and linear 0.910 ± 0.007 (mean ± std, 5 seeds; raw pixels 0.593, 0.169;
+random encoder 0.287 ± 0.064, 0.214 ± 0.029) in BATIME on 2 cores of an AMD EPYC with torch 2.13.0. Plain
+SimCLR has 0.880 ± 0.018 and 0.896 ± 0.011. What is learned adds nothing to that: the same convolutions never
+trained gain as much, and so does a fifth of one other image (README, Results).
 
 Choices of our own: (1) The share is fixed. A gate that is learned closes: what other images add differs
 between two views, and to the loss it is noise. (2) A fused view meets a clean one. (3) A layer is a 3x3
@@ -77,8 +80,8 @@ class BatchFusion(nn.Module):
     keep_slots: image i is channel i in every call; otherwise each call deals the images to the channels anew.
 
     Call it for each view by itself, leave out an incomplete last batch, and use the encoder alone in the end:
-    eval() changes nothing. ValueError for another mixing, no layers, another B or rank of x, a side that
-    `patch` does not divide.
+    eval() changes nothing. ValueError for another mixing, one image, no layers, another B or rank of x, a
+    side that `patch` does not divide.
     """
 
     IMAGES = {4: "b c (h p) (w q)", 5: "b c (d o) (h p) (w q)"}
@@ -88,8 +91,8 @@ class BatchFusion(nn.Module):
         super().__init__()
         if mixing not in ("conv", "random", "grouped", "mixup"):
             raise ValueError(f"mixing {mixing!r} is none of conv, random, grouped, mixup")
-        if layers < 1:
-            raise ValueError(f"layers = {layers}: at least one has to mix")
+        if batch < 2 or layers < 1:
+            raise ValueError(f"batch = {batch}, layers = {layers}: it takes two images and a layer to mix")
         self.batch = batch
         self.patch = patch
         self.share = share
@@ -843,13 +846,15 @@ def main():
     canvas = data.images.shape[2:]
     if not args.no_fusion and any(side % args.patch for side in canvas):
         die(f"--patch {args.patch} does not divide the canvas {[*canvas]}: choose another")
+    own = args.batch // runs.processes()                             # a process fuses its own images
+    if not args.no_fusion and own < 2:
+        die(f"--batch {args.batch} leaves each process one image, with none to mix: give a larger one")
     torch.manual_seed(args.seed)
     encoder = encoder_for(args, data)
     folder = open_folder(args, state)
 
     fusion = None
     if not args.no_fusion:
-        own = args.batch // runs.processes()                         # a process fuses its own images
         fusion = BatchFusion(own, patch=args.patch, layers=args.layers, share=args.share, mixing=args.mixing,
                              keep_slots=args.keep_slots, axes=len(canvas))
     model = BASSL(encoder, encoder.features, fusion, both=args.both, loss=args.loss, projector=args.projector,
@@ -863,18 +868,18 @@ def main():
     optimizer = torch.optim.AdamW(parts, args.lr, weight_decay=0.05, fused=True)
 
     untrained = begin(model, data, folder)
-    shape = args.batch // runs.processes(), *data.images.shape[1:]
-    few = pixels(data.images, fixed_order(len(data.images))[:shape[0]], args.device)
+    shape = own, *data.images.shape[1:]
+    sample = pixels(data.images, fixed_order(len(data.images))[:own], args.device)
 
     def meters(model):
-        mixing = mixing_meters(fusion, few) if fusion else {}
+        mixing = mixing_meters(fusion, sample) if fusion else {}
         return mixing | noise_meters(model, shape)
 
     history = train(model, optimizer, data, args, folder, state, meters)
     more_probes = {}
     if fusion:
         model.eval()
-        shares = ", ".join(f"{name} {value:.3f}" for name, value in mixing_meters(fusion, few).items())
+        shares = ", ".join(f"{name} {value:.3f}" for name, value in mixing_meters(fusion, sample).items())
         print(f"\nadded to an image, of its own strength: {shares}. {noise_verdict(model, shape)}")
         few = limited(data)
         h = fused_features(model, few.images)

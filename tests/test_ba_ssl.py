@@ -135,8 +135,9 @@ def test_what_is_trained(mixing, trained):
 def test_a_misspelt_mixing_or_loss_and_no_layer_are_named():
     with pytest.raises(ValueError, match="mixing 'mix' is none of"):
         ba_ssl.BatchFusion(6, mixing="mix")
-    with pytest.raises(ValueError, match="layers = 0"):
-        ba_ssl.BatchFusion(6, layers=0)
+    for wrong in (dict(batch=6, layers=0), dict(batch=1)):
+        with pytest.raises(ValueError, match="two images and a layer"):
+            ba_ssl.BatchFusion(**wrong)
     with pytest.raises(ValueError, match="loss 'SimCLR' is none of"):
         ba_ssl.BASSL(ba_ssl.Encoder(1, 2, width=4), 32, loss="SimCLR")
 
@@ -268,7 +269,8 @@ def loss_on_noise(both, keep_slots, steps=400, b=16, **options):
     return sum(seen[-50:]) / 50 / math.log(2 * b - 1)
 
 
-@pytest.mark.parametrize("both, keep_slots", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("both, keep_slots", [
+    (False, False), (True, False), pytest.param(False, True, marks=pytest.mark.slow)])
 def test_noise_stays_at_chance(both, keep_slots):
     """Nor can a fused view find its clean partner where slots stay: the clean one carries no mark."""
     assert loss_on_noise(both, keep_slots) == pytest.approx(1, abs=.02)

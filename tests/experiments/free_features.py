@@ -126,10 +126,12 @@ def draw(found, n, f, path):
         if line:
             axis.plot(SIZES, line, color="gray", lw=1, zorder=0, label="1 / sqrt(codes)" if "off" in name else "optimum")
         axis.set_xscale("log", base=4)
+        axis.set_xticks(SIZES, SIZES, rotation=45, fontsize=7)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("codes c")
+        if line:
+            axis.set_ylim(0, None)
         axis.legend(fontsize=7)
-    axes[3].set_yscale("log", base=4)
     figure.suptitle(f"{n} free features in {f} dimensions under FALCON's loss", fontsize=10)
     figure.savefig(path, dpi=110)
     print(f"picture: {path}")
