@@ -14,18 +14,13 @@ from pathlib import Path
 from batch_sizes import run
 from matplotlib.figure import Figure
 
-SIZES = [16, 64, 256, 1024, 4096, 16384]
-RUNS = {"2048, the default": [],
-        **{str(size): ["--codes", str(size)] for size in SIZES},
-        "2048, `--beta-rise 0`": ["--beta-rise", "0"],
-        "2048, `--prior none`": ["--prior", "none"],
-        "2048, `--norm tanh`": ["--norm", "tanh"],
-        "2048, `--dictionary learned`": ["--dictionary", "learned"],
-        **{f"{size}, learned": ["--codes", str(size), "--dictionary", "learned"] for size in (16, 64)},
-        "2048, `--projector 512-128`": ["--projector", "512-128"],
-        "2048, `--projector 64`": ["--projector", "64"],
-        "2048, `--prior forward`": ["--prior", "forward"],
-        **{f"2048, {kind}": ["--dictionary", kind] for kind in ("alternating", "hybrid")}}
+SIZES = [16, 64, 256, 1024, 2048, 4096, 16384]                          # 4096 is the default
+CHANGES = [["--beta-rise", "0"], ["--prior", "none"], ["--norm", "tanh"], ["--dictionary", "learned"],
+           ["--projector", "512-128"], ["--projector", "64"], ["--prior", "forward"], ["--dictionary", "alternating"],
+           ["--dictionary", "hybrid"]]
+RUNS = {**{str(size): ["--codes", str(size)] for size in SIZES},
+        **{f"2048, `{' '.join(change)}`": ["--codes", "2048", *change] for change in CHANGES},
+        **{f"{size}, `--dictionary learned`": ["--codes", str(size), "--dictionary", "learned"] for size in (16, 64)}}
 COLUMNS = {  # name in meters.json, or in report.json: decimals
     "k-NN": 3, "linear": 3, "NMI": 3, "NMI of a random assignment": 3, "AMI": 3, "codes": 0,
     "assignment_entropy": 2, "dimensions": 1, "off_diagonal": 3, "cosine": 2, "loss": 2}
