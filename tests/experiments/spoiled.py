@@ -1,6 +1,6 @@
 """VICReg and SimCLR on training images that are thinned, noisy or full of holes; test images stay clean: a table.
 
-    python tests/experiments/spoiled.py --jobs 2                        # three quarters of an hour on 2 cores; goes on where it stopped
+    python tests/experiments/spoiled.py --jobs 2                        # an hour on 2 cores, at a guess; goes on where it stopped
     python tests/experiments/spoiled.py --data glyphs.npz --epochs 5 --options batch=32 width=8
 
 Both at one batch size and as many steps. Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a
