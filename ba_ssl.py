@@ -857,8 +857,9 @@ def main():
     if not args.no_fusion:
         fusion = BatchFusion(own, patch=args.patch, layers=args.layers, share=args.share, mixing=args.mixing,
                              keep_slots=args.keep_slots, axes=len(canvas))
-    model = BASSL(encoder, encoder.features, fusion, both=args.both, loss=args.loss, projector=args.projector,
-                  count=len(data.images), temperature=args.temperature, seed=args.seed)
+    model = BASSL(encoder, encoder.features, fusion, both=args.both, loss=args.loss,
+                  projector=args.projector, count=len(data.images), temperature=args.temperature,
+                  seed=args.seed)
     model.to(args.device)
 
     network = [weight for name, weight in model.named_parameters() if name != "table"]
