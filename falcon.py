@@ -21,8 +21,8 @@ Deviations from the released code: (1) beta rises from 0 to 1 over the run: the 
 codes before they settle (release: 1 throughout). L2-normalised embeddings (the preprint's), f = 128, c =
 4,096, lr 6e-3, 45 epochs (release: tanh, 2048, 16,384, 2.5e-4, 1000): a short run with tanh does not leave
 the plateau at log c. --recipe released keeps theirs. (2) log mean p by logsumexp: from probabilities it is
-NaN once a code underflows. (3) The dictionary comes from a hash of the seed and is in no checkpoint. (4) Small
-encoder with GroupNorm; AdamW; views by pose, light, noise. (5) --prior forward is the preprint's form,
+NaN once a code underflows. (3) The dictionary comes from a hash of the seed and is in no checkpoint. (4)
+Small encoder with GroupNorm; AdamW; views by pose, light, noise. (5) --prior forward is the preprint's form,
 known at second hand. (6) The learnable dictionaries are our reading of three names; none is released.
 """
 import argparse
