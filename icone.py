@@ -119,6 +119,7 @@ class IConE(nn.Module):
     projector: sizes of a head's layers; () is no head. bank: so many rows at most push those of a batch away.
     ValueError for a diversity that is none. Call start_table before training, and step after each step of the
     optimiser, which takes encoder and projector alone; a row moves by `table_lr` x the gradient of its image.
+    The table may lie on another device than all else: model.table = model.table.cpu().
     """
 
     def __init__(self, encoder, features, count, projector=(), centre=0.99, diversity="logsumexp",
@@ -139,15 +140,16 @@ class IConE(nn.Module):
         self.bank = min(bank, count)
         self.table_lr = table_lr
         self.moving = []                                             # (index [B], rows [B, D]) since a step
-        self.sample = None                                          # this step's bank: rows [M], sorted
+        self.sample = None                                           # this step's bank: places [M], rows
 
     @torch.no_grad()
     def start_table(self, images, table_init="encoder"):
         """Rows start at their images' [N, C, *S] centred embeddings ("encoder") or at random ("normal")."""
         self.eval()
         network = nn.Sequential(self.encoder, self.projector)
+        device = next(network.parameters()).device
         for rows in in_parts(images):
-            self.table[rows] = network(pixels(images, rows, self.table.device))
+            self.table[rows] = network(pixels(images, rows, device)).to(self.table)
         mean = self.table.mean(0)
         if table_init == "encoder":
             self.table.sub_(mean)
@@ -160,7 +162,7 @@ class IConE(nn.Module):
 
     def rows_of(self, index):
         """Rows [B, D] of the images index [B], which the next step moves."""
-        rows = self.table[index].requires_grad_()
+        rows = self.table[index.to(self.table.device)].to(index.device).requires_grad_()
         self.moving.append((index, rows))
         return F.normalize(rows)
 
@@ -172,17 +174,19 @@ class IConE(nn.Module):
         if self.sample is None:
             stretches = torch.arange(self.bank + 1) * len(self.table) // self.bank
             within = torch.rand(self.bank, dtype=torch.float64) * stretches.diff()
-            self.sample = (stretches[:-1] + within.long()).to(index.device)
-        column = torch.searchsorted(self.sample, index).clamp(max=self.bank - 1)
-        there = self.sample[column] == index
-        return self.table.index_select(0, self.sample), torch.where(there, column, self.bank - 1)
+            sample = stretches[:-1] + within.long()
+            rows = self.table.index_select(0, sample.to(self.table.device))
+            self.sample = sample.to(index.device), rows.to(index.device)
+        sample, rows = self.sample
+        column = torch.searchsorted(sample, index).clamp(max=self.bank - 1)
+        return rows, torch.where(sample[column] == index, column, self.bank - 1)
 
     def forward(self, view1, view2, index):
         views = torch.cat([view1, view2])                            # [2B, C, *S]
         h1, h2 = self.encoder(views).chunk(2)
         h = torch.cat([runs.gather(h1), runs.gather(h2)])            # [2B, E]
         z = self.projector(h)
-        z = F.normalize(z.to(self.table))                            # [2B, D]
+        z = F.normalize(z.to(self.table.dtype))                      # [2B, D]
         u = self.rows_of(index)                                      # [B, D]
         bank, own = self.bank_for(index)
         crowded = crowding(u, bank, own, self.diversity, self.temperature)
@@ -198,7 +202,8 @@ class IConE(nn.Module):
         """Moves the rows whose images were seen, and no other; ends what belongs to one step."""
         seen = sum(len(index) for index, _ in self.moving)           # the loss is a mean over so many
         for index, rows in self.moving:
-            self.table[index] = F.normalize(rows - self.table_lr * seen * rows.grad)
+            rows = F.normalize(rows - self.table_lr * seen * rows.grad)
+            self.table[index.to(self.table.device)] = rows.to(self.table.device)
         self.moving.clear()
         self.sample = None
         for layer in self.projector:
@@ -700,6 +705,7 @@ def main():
     add("--projector", type=head_sizes, default="none", help="sizes of a head's layers, as 512-128, or none")
     add("--centre", type=bounded(float, 0, 1), default=0.99, help="momentum of the mean per 64 images, or 0")
     add("--table-init", default="encoder", choices=["encoder", "normal"], help="the table's first value")
+    add("--table-on", default="device", choices=["device", "cpu"], help="cpu: if it is too large for the GPU")
     add("--table-lr", type=at_least_0, default=0.6, help="a row moves by this x its gradient, once an epoch")
     add("--diversity", default="logsumexp", choices=["logsumexp", "relu2"], help="form of the term")
     add("--temperature", type=bounded(float, 1e-3), default=0.2, help="of logsumexp")
@@ -717,9 +723,11 @@ def main():
                   diversity=args.diversity, temperature=args.temperature, weight=args.weight,
                   view_view=args.view_view, bank=args.bank, table_lr=args.table_lr)
     model.to(args.device)
+    if args.table_on == "cpu":
+        model.table = model.table.cpu()
     model.start_table(data.images, args.table_init)
 
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
     optimizer.register_step_post_hook(lambda *_: model.step())
     untrained = begin(model, data, folder)
     history = train(model, optimizer, data, args, folder, state)

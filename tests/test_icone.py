@@ -85,12 +85,12 @@ def test_the_bank_of_a_large_table_has_distinct_rows_from_all_of_it():
     for _ in range(400):
         net.sample = None
         bank, own = net.bank_for(torch.arange(50))
-        assert bank.shape == (20, 6) and torch.equal(bank, net.table[net.sample])
-        assert (net.sample.diff() > 0).all()
-        there = torch.isin(torch.arange(50), net.sample)
-        assert torch.equal(net.sample[own[there]], torch.arange(50)[there])
+        assert bank.shape == (20, 6) and torch.equal(bank, net.table[net.sample[0]])
+        assert (net.sample[0].diff() > 0).all()
+        there = torch.isin(torch.arange(50), net.sample[0])
+        assert torch.equal(net.sample[0][own[there]], torch.arange(50)[there])
         assert (own[~there] == 19).all()                                 # as many are left for each
-        seen[net.sample] += 1
+        seen[net.sample[0]] += 1
     assert seen.min() >= 100 and seen.max() <= 220                       # 160 each, but for chance
 
 
@@ -120,6 +120,22 @@ def test_a_step_moves_the_rows_of_its_images_and_no_other():
     others = torch.ones(12, dtype=torch.bool).index_fill(0, index, False)
     assert torch.equal(net.table[others], before[others])
     assert not net.moving
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_table_may_lie_on_the_cpu_while_the_rest_is_on_a_gpu():
+    data, index = images(), torch.tensor([4, 1, 9])
+    tables = []
+    for table_on in ("cpu", "cuda"):
+        net = model(data, bank=8)
+        net.cuda().table = net.table.to(table_on)
+        net.start_table(data)
+        torch.manual_seed(0)                                             # of the bank
+        terms, _ = net(images(3, 1).cuda(), images(3, 2).cuda(), index.cuda())
+        sum(terms.values()).backward()
+        net.step()
+        tables.append(net.table.cpu())
+    torch.testing.assert_close(*tables)
 
 
 # ---- The model ---------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Every method at several batch sizes, as many images seen by each: README's table and figure.
 
-    python tests/experiments/batch_sizes.py --jobs 2                    # an hour and a quarter on 2 cores; goes on where it stopped
+    python tests/experiments/batch_sizes.py --jobs 2                    # two hours on 2 cores; goes on where it stopped
+    python tests/experiments/batch_sizes.py --jobs 2 --seeds 3 --data digits3d --sizes 4 64 --epochs 20 --options width=12
+    python tests/experiments/batch_sizes.py --jobs 2 --seeds 3 --data glyphs.npz --sizes 4 16 64 --epochs 5 --options width=8
 
 Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/batch-sizes.
 """
@@ -17,11 +19,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
-METHODS = {  # name in the figure: script, its options, batch sizes
-    "IConE": ("icone.py", [], [1, 4, 16, 64]),
-    "IConE, 64 images a step": ("icone.py", ["--accumulate", "64"], [1]),
-    "VICReg": ("vicreg.py", [], [4, 16, 64]),
-    "SimCLR": ("ba_ssl.py", ["--no-fusion"], [4, 16, 64])}
+METHODS = {  # name in the figure: script, its options; IConE alone takes a batch of 1
+    "IConE": ("icone.py", []), "VICReg": ("vicreg.py", []), "SimCLR": ("ba_ssl.py", ["--no-fusion"])}
 COLUMNS = ["k-NN", "linear", "RankMe of z", "TwoNN of z"]
 
 
@@ -44,24 +43,31 @@ def numbers(job):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", default="32", help="of every run")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default="digits", help="as of the scripts")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 4, 16, 64, 256], help="batches")
+    parser.add_argument("--options", nargs="*", default=[], help="of all runs, without their dashes: width=8")
+    parser.add_argument("--epochs", default="64", help="of every run")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("runs", "batch-sizes"))
     args = parser.parse_args()
+    out = args.out / Path(args.data).stem
+    out.mkdir(parents=True, exist_ok=True)
+    common = ["--data", args.data, "--epochs", args.epochs, *(f"--{option}" for option in args.options)]
+    taken = {name: [size for size in args.sizes if size > 1 or name == "IConE"] for name in METHODS}
     jobs = {}
-    for name, (script, options, sizes) in METHODS.items():
-        for size in sizes:
-            for seed in range(args.seeds):
-                folder = args.out / f"{name} {size} {args.epochs} {seed}"
+    for seed in range(args.seeds):                                       # whole tables of a seed first
+        for name, (script, options) in METHODS.items():
+            for size in taken[name]:
+                folder = out / f"{name} {size} {args.epochs} {seed}"
                 jobs[name, size, seed] = folder.resolve(), script, [
-                    "--batch", str(size), "--epochs", args.epochs, "--seed", str(seed), *options]
+                    *options, *common, "--batch", str(size), "--seed", str(seed)]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(numbers, jobs.values())))
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, len(COLUMNS))
     print(f"| method | batch | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
-    for name, (_, _, sizes) in METHODS.items():
+    for name, sizes in taken.items():
         table = []                                                       # [sizes][columns] of (mean, std)
         for size in sizes:
             columns = zip(*(results[name, size, seed] for seed in range(args.seeds)))
@@ -74,12 +80,12 @@ def main():
             axis.errorbar(sizes, means, stds, fmt="o-" if len(sizes) > 1 else "s", capsize=3, label=name)
     for axis, label in zip(axes, COLUMNS):
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="batch size", ylabel=label, xticks=[1, 4, 16, 64], ylim=(0, None))
-        axis.set_xticklabels([1, 4, 16, 64])
+        axis.set(xlabel="batch size", ylabel=label, xticks=args.sizes, ylim=(0, None))
+        axis.set_xticklabels(args.sizes)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), fontsize=9)
-    figure.suptitle(f"Posed digits, {args.epochs} epochs, mean ± std over {args.seeds} seeds", fontsize=10)
-    figure.savefig(args.out / "batch_sizes.png", dpi=110)
-    print(f"picture: {args.out / 'batch_sizes.png'}")
+    figure.suptitle(f"{args.data}, {args.epochs} epochs, mean ± std over {args.seeds} seeds", fontsize=10)
+    figure.savefig(out / "batch_sizes.png", dpi=110)
+    print(f"picture: {out / 'batch_sizes.png'}")
 
 
 if __name__ == "__main__":
