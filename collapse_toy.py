@@ -15,8 +15,8 @@ EPYC. Without frustration labels stop 0.94 apart and stay there. With 10 frustra
 distances shrink by exp(-0.0461 t), for ever. A head W between the two sides makes it faster; the same head
 with stop-gradient keeps the labels 3.1 apart. Time is in units of 1 / (a clean sample's rate), length in
 standard deviations of the class centres. Collapse does not cost nearest-label accuracy of clean samples (F1):
-they reach their labels faster than labels meet, and what is lost is the margin, the distance that noise may
-have. In the linear teacher-student accuracy does fall (F6 with --frustration .2).
+they reach their labels faster than labels meet, and what is lost is the margin against noise (crosses). In
+the linear teacher-student accuracy does fall (F6 with --frustration .2).
 
 The paper states (public pages; its text was not at hand): samples and labels are trained by full-batch
 gradient descent on squared error; classifiable data never collapse; few frustrated samples collapse all
@@ -563,6 +563,20 @@ def accuracy(case, z):
     return np.mean(nearest == right)
 
 
+def margin(case, z):
+    """Noise that every clean sample bears: least distance to a plane halfway between its label and another.
+
+    Below 0 where a sample's nearest label is another one.
+    """
+    K = case.every.classes
+    x = case.inputs @ z[:-K]                           # [clean samples, d]
+    squares = cdist(x, z[-K:], "sqeuclidean")          # [clean samples, K]
+    own = np.repeat(np.arange(K), len(x) // K)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        distances = (squares - squares[range(len(x)), own][:, None]) / (2 * cdist(z[-K:], z[-K:])[own])
+    return np.nanmin(distances)                        # NaN: 0 / 0 at the own label
+
+
 def d_min(z, K):
     """Smallest distance of two labels at each time: [T, M + K, d] -> [T]."""
     return np.array([pdist(now[-K:]).min() for now in z])
@@ -609,7 +623,7 @@ def plot_points(axis, times, values, colour):
 
 
 def plot_timeline(axes, cases, lr, longest):
-    """Without head: loss per sample, accuracy on clean samples, D_min."""
+    """Without head: loss per sample, accuracy on clean samples, D_min and the margin against noise."""
     loss_axis, accuracy_axis, distance_axis = axes
     lines, points = moments(lr, longest)
     K, d = cases[0].plateau.shape
@@ -626,6 +640,9 @@ def plot_timeline(axes, cases, lr, longest):
         plot_points(loss_axis, points, losses, colour)
         plot_points(accuracy_axis, points, hits, colour)
         plot_points(distance_axis, points, d_min(z, K), colour)
+        margins = [margin(case, now) for now in z]
+        name = "margin of clean samples" if case.rate else None
+        distance_axis.plot(points, margins, "x", ms=4, c=colour, label=name)
 
         if case.rate:
             shrinks = np.exp(-case.rate * lines)
@@ -700,6 +717,11 @@ def run_timeline(args):
     expected = torn.height * math.exp(-2 * torn.rate * aligned)
     name = f"loss per sample at t = {aligned:.3g}, p <D^2> / 4 exp(-2 λ t)"
     report(name, expected, headless_loss(torn.merged, z) / torn.size)
+
+    # Samples follow their label, x' = y - x, and are late: x = y / (1 - λ) about the common mean.
+    z, _ = descent(torn.every, np.eye(args.dim), "none", 0, args.lr, [60])
+    name = "margin of clean samples over D_min / 2 at t = 60, about 1 / (1 - λ)"
+    report(name, 1 / (1 - torn.rate), 2 * margin(torn, z[0]) / d_min(z, K)[0])
 
     decay, _ = spectrum(torn.merged)
     vanishing = np.sum(decay < 1e-9)

@@ -336,6 +336,37 @@ def test_accuracy_on_clean_samples_stays_1_while_everything_shrinks():
     assert closest_labels(z, 5) < 1e-6
 
 
+def test_margin_is_the_noise_that_turns_the_nearest_label():
+    args = toy.options().parse_args([])
+    clean = toy.graph_case(args, 0, 8)
+    z, = toy.descent(clean.every, np.eye(8), "none", 0, toy.largest_step(clean.every) / 2, [30])[0]
+    z[:-5] += .1 * rng(1).normal(size=z[:-5].shape)
+    bears = toy.margin(clean, z)
+    assert 0 < bears < closest_labels(z, 5) / 2
+    x = clean.inputs @ z[:-5]
+    own = np.repeat(np.arange(5), len(x) // 5)
+    for size, right in ((.999, True), (1.001, False)):                   # towards each other label
+        nearest = []
+        for label in range(5):
+            way = z[-5:][label] - z[-5:][own]
+            length = np.linalg.norm(way, axis=1, keepdims=True)
+            moved = x + size * bears * way / np.where(length > 0, length, 1)
+            nearest.append(cdist(moved, z[-5:]).argmin(1))
+        assert (np.array(nearest) == own).all() == right
+
+
+def test_margin_shrinks_with_the_labels_while_accuracy_stays():
+    args = toy.options().parse_args([])
+    torn = toy.graph_case(args, 10, 8)
+    z, _ = toy.descent(torn.every, np.eye(8), "none", 0, toy.largest_step(torn.every) / 2, [20, 60, 100])
+    distance = toy.d_min(z, 5)
+    margins = np.array([toy.margin(torn, now) for now in z])
+    assert [toy.accuracy(torn, now) for now in z] == [1, 1, 1]
+    np.testing.assert_allclose(2 * margins / distance, 1 / (1 - torn.rate), rtol=.02)
+    assert margins[2] < margins[0] / 20
+
+
+
 # ---- With head ---------------------------------------------------------------------------------------------
 def test_conservation():
     _, every, _ = case(n=10)

@@ -1,7 +1,8 @@
-"""Base methods with and without batch fusion, its controls, layers, batch sizes: README's table and figure.
+r"""Base methods with and without batch fusion, its controls, layers, batch sizes: README's table and figure.
 
     python tests/experiments/fusion.py --jobs 2                         # two hours on 2 cores; goes on where it stopped
-    python tests/experiments/fusion.py --jobs 2 --seeds 3 --only SimCLR
+    python tests/experiments/fusion.py --jobs 2 --seeds 3 --only SimCLR "SimCLR + fusion" "SimCLR + mixup" --data glyphs.npz \
+        --options epochs=5 width=8
 
 Runs ba_ssl.py as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/fusion.
 """
@@ -59,14 +60,14 @@ def interval(values):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="at least 2")
-    parser.add_argument("--only", default="", help="runs whose name begins so")
+    parser.add_argument("--only", nargs="*", default=[*RUNS], help="runs by name, each with its base before it")
     parser.add_argument("--data", help="as of ba_ssl.py")
     parser.add_argument("--options", nargs="*", default=[], help="of all runs, without their dashes: epochs=20")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("runs", "fusion"))
     args = parser.parse_args()
     common = [f"--{option}" for option in args.options] + (["--data", args.data] if args.data else [])
-    chosen = {name: job for name, job in RUNS.items() if name.startswith(args.only)}
+    chosen = {name: job for name, job in RUNS.items() if name in args.only}
     jobs = {(name, seed): ((args.out / f"{name} {seed}").resolve(), [*options, *common, "--seed", str(seed)])
             for seed in range(args.seeds) for name, (_, options) in chosen.items()}
     with ThreadPoolExecutor(args.jobs) as pool:
