@@ -1,6 +1,6 @@
 r"""Base methods with and without batch fusion, its controls, layers, batch sizes: README's table and figure.
 
-    python tests/experiments/fusion.py --jobs 2                         # two hours on 2 cores; goes on where it stopped
+    python tests/experiments/fusion.py --jobs 2                         # an hour and a half on 2 cores; goes on where it stopped
     python tests/experiments/fusion.py --jobs 2 --seeds 3 --only SimCLR "SimCLR + fusion" "SimCLR + mixup" --data glyphs.npz \
         --options epochs=5 width=8
 
@@ -23,6 +23,7 @@ CONTROLS = {"mixup": ["--mixing", "mixup"], "random": ["--mixing", "random"]}
 CHANGES = {"grouped": ["--mixing", "grouped"], "both views": ["--both"],
            "mixup, both views": ["--mixing", "mixup", "--both"],
            **{f"{k} layer{'s' * (k > 1)}": ["--layers", str(k)] for k in (1, 3, 4)}}
+MAIN = ["SimCLR", "SimCLR + fusion", "SimCLR + mixup", "SimCLR + random"]
 RUNS = {}  # name: (its base, options); whole tables of a seed first, what decides before the rest
 for name, options in BASE.items():
     RUNS[name] = name, [*options, "--no-fusion"]
@@ -59,7 +60,8 @@ def interval(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="at least 2")
+    parser.add_argument("--seeds", type=int, default=5, help="of SimCLR, with fusion, mixup, random; at least 2")
+    parser.add_argument("--more-seeds", type=int, default=3, help="of all other runs; no more than --seeds")
     parser.add_argument("--only", nargs="*", default=[*RUNS], help="runs by name, each with its base before it")
     parser.add_argument("--data", help="as of ba_ssl.py")
     parser.add_argument("--options", nargs="*", default=[], help="of all runs, without their dashes: epochs=20")
@@ -68,25 +70,29 @@ def main():
     args = parser.parse_args()
     common = [f"--{option}" for option in args.options] + (["--data", args.data] if args.data else [])
     chosen = {name: job for name, job in RUNS.items() if name in args.only}
-    jobs = {(name, seed): ((args.out / f"{name} {seed}").resolve(), [*options, *common, "--seed", str(seed)])
-            for seed in range(args.seeds) for name, (_, options) in chosen.items()}
+    out = args.out / Path(args.data).stem if args.data else args.out
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = {name: range(args.seeds if name in MAIN else args.more_seeds) for name in chosen}
+    jobs = {(name, seed): ((out / f"{name} {seed}").resolve(), [*options, *common, "--seed", str(seed)])
+            for seed in range(args.seeds) for name, (_, options) in chosen.items() if seed in seeds[name]}
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(numbers, jobs.values())))
 
-    print("| run | k-NN | linear | k-NN over its base, 95 % | linear over its base, 95 % | k-NN with the module "
-          "| others' part | noise: NT-Xent / exchanged / chance |\n|" + "---|" * 8)
+    print("| run | seeds | k-NN | linear | k-NN over its base, 95 % | linear over its base, 95 % | k-NN with the module "
+          "| others' part | noise: NT-Xent / exchanged / chance |\n|" + "---|" * 9)
     differences = {}                                                     # {run: {probe: one number a seed}}
     for name, (base, _) in chosen.items():
-        own, its = ([results[run, seed] for seed in range(args.seeds)] for run in (name, base))
+        own, its = ([results[run, seed] for seed in seeds[name]] for run in (name, base))
         differences[name] = {probe: [a[probe] - b[probe] for a, b in zip(own, its)] for probe in ("k-NN", "linear")}
         cells = [spread([line[probe] for line in own]) for probe in ("k-NN", "linear")]
         if name == base:
             cells += [""] * 4
         else:
             cells += [f"{statistics.mean(v):+.3f} ± {interval(v):.3f}" for v in differences[name].values()]
-            cells += [spread([line[column] for line in own]) for column in ("with the module", "others")]
+            cells.append(spread([line["with the module"] for line in own]))
+            cells.append(f"{statistics.mean(line['others'] for line in own):.2f}")
         noise = (statistics.mean(line[c] for line in own) for c in ("noise_nt_xent", "noise_exchanged", "chance"))
-        print(f"| {name} | {' | '.join(cells)} | {' / '.join(f'{value:.2f}' for value in noise)} |")
+        print(f"| {name} | {len(own)} | {' | '.join(cells)} | {' / '.join(f'{value:.2f}' for value in noise)} |")
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -99,17 +105,16 @@ def main():
     left.set(xlabel="k-NN accuracy over its base, same seed", yticks=range(len(fused)))
     left.set_yticklabels(fused, fontsize=8)
     left.invert_yaxis()
-    for name in ("SimCLR", "SimCLR + fusion", "SimCLR + random", "SimCLR + mixup"):
+    for name in MAIN:
         if name in chosen:
             courses = [results[name, seed]["course"] for seed in range(args.seeds)]
             means = [statistics.mean(values) for values in zip(*courses)]
             right.plot([(k + 1) / len(means) for k in range(len(means))], means, "o-", ms=3, label=name)
     right.set(xlabel="part of the training", ylabel="k-NN accuracy, mean of the seeds")
     right.legend(fontsize=8)
-    figure.suptitle(f"Left: {args.seeds} seeds, each (grey), mean and its 95 % interval. Right: while they train",
-                    fontsize=10)
-    figure.savefig(args.out / "fusion.png", dpi=110)
-    print(f"picture: {args.out / 'fusion.png'}")
+    figure.suptitle("Left: each seed (grey), mean and its 95 % interval. Right: while they train", fontsize=10)
+    figure.savefig(out / "fusion.png", dpi=110)
+    print(f"picture: {out / 'fusion.png'}")
 
 
 if __name__ == "__main__":
