@@ -1,0 +1,76 @@
+"""How large a volume trains: memory and seconds of a step, by side, of IConE one at a time and of VICReg two at a time.
+
+    python tests/experiments/largest_volume.py                          # a quarter of an hour on 2 cores: up to 16 GB
+
+A step as in the scripts, views included, on the CPU, default width, random volumes; each size in a process of its own.
+"""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from kernels.views import posed_view, two_views
+
+
+def model_of(script, batch):
+    torch.manual_seed(0)
+    if script == "vicreg.py":
+        import vicreg
+        encoder = vicreg.Encoder(1, 3, large=True)
+        return vicreg.VICReg(encoder, encoder.features)
+    import icone
+    encoder = icone.Encoder(1, 3, large=True)
+    model = icone.IConE(encoder, encoder.features, 1000)
+    model.table.normal_()
+    torch.nn.functional.normalize(model.table, out=model.table)
+    return model
+
+
+def measure(script, batch, side, steps=3):
+    """Seconds of the fastest step, and the process's peak memory in GB."""
+    model = model_of(script, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    if hasattr(model, "step"):
+        optimizer.register_step_post_hook(lambda *_: model.step())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(batch, 1, side, side, side, generator=generator)
+    seconds = []
+    for _ in range(steps):
+        start = time.monotonic()
+        terms, _ = model(*two_views(x, generator, posed_view), torch.arange(batch))
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        seconds.append(time.monotonic() - start)
+    return min(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sides", nargs="+", type=int, default=[96, 128, 192, 256, 320, 384, 448, 512])
+    parser.add_argument("--memory", type=float, default=16, help="GB; larger sides are not tried")
+    parser.add_argument("--one", nargs=3, help="script, batch and side: this one alone, as JSON")
+    args = parser.parse_args()
+    if args.one:
+        script, batch, side = args.one
+        print(json.dumps(measure(script, int(batch), int(side))))
+        return
+    print("| method | batch | side | seconds a step | peak memory, GB |\n|---|---|---|---|---|")
+    for name, script, batch in (("IConE", "icone.py", 1), ("VICReg", "vicreg.py", 2)):
+        for side in args.sides:
+            done = subprocess.run([sys.executable, __file__, "--one", script, str(batch), str(side)], check=True,
+                                  stdout=subprocess.PIPE, text=True)
+            seconds, memory = json.loads(done.stdout)
+            print(f"| {name} | {batch} | {side} | {seconds:.2f} | {memory:.1f} |", flush=True)
+            if memory > args.memory:
+                break
+
+
+if __name__ == "__main__":
+    main()
