@@ -126,7 +126,7 @@ def _logits_torch(h, rows, out):
 
 
 def _place(space, n, block, kept=True):
-    """[2, n, C] in a buffer: each block by itself if all are kept, else all in one place, one after the other.
+    """[2, n, C] in a buffer: each block by itself if all are kept, else one after the other in one place.
 
     New memory for each block instead leaves a heap in pieces: 3 GB where .6 are in use.
     """
