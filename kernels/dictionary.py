@@ -119,6 +119,13 @@ def _blocks(h, codes):
     return [slice(first, min(first + size, codes)) for first in range(0, codes, size)]
 
 
+def _unpacked(signs, block, space):
+    """A block's signs [C, f]: as they are held, or, from bytes, in a buffer [block, f] of the dtype wanted."""
+    if signs.dtype == space.dtype:
+        return signs[block]
+    return space[:block.stop - block.start].copy_(signs[block])
+
+
 def _logits_torch(h, rows, out):
     """out [2, n, C] of features [2, n, f] and signs [C, f]."""
     torch.mm(h.flatten(0, 1), rows.T, out=out.flatten(0, 1))
@@ -142,10 +149,11 @@ def _forward_torch(h, codes, seed, reverse, keep):
     block_size = min(_block_size(h), codes)
     logs = h.new_empty(2 * n * (codes if keep else block_size))
     scratch = h.new_empty(2 * n * block_size)
+    unpacked = h.new_empty(0 if signs.dtype == h.dtype else block_size, f)
     top = h.new_full((2, n), -torch.inf)
     total = h.new_zeros(2, n)
     for block in _blocks(h, codes):
-        s = _logits_torch(h, signs[block].to(h.dtype), _place(logs, n, block, keep))
+        s = _logits_torch(h, _unpacked(signs, block, unpacked), _place(logs, n, block, keep))
         new = torch.maximum(top, s.amax(dim=2))
         p = torch.sub(s, new[:, :, None], out=_place(scratch, n, block, False)).exp2_()
         total = total * (top - new).exp2() + p.sum(dim=2)
@@ -159,7 +167,7 @@ def _forward_torch(h, codes, seed, reverse, keep):
     for block in _blocks(h, codes):
         log = _place(logs, n, block, keep)
         if not keep:
-            _logits_torch(h, signs[block].to(h.dtype), log)
+            _logits_torch(h, _unpacked(signs, block, unpacked), log)
         log.sub_(top[:, :, None]).sub_(rest[:, :, None])
         high = log.amax(dim=1, keepdim=True)                           # [2, 1, C]
         p = torch.sub(log, high, out=_place(scratch, n, block, False)).exp2_()
@@ -186,9 +194,10 @@ def _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, g_prior, 
     block_size = min(_block_size(h), codes)
     logs = kept if len(kept) else h.new_empty(2 * n * block_size)
     scratch = h.new_empty(2 * n * block_size)
+    unpacked = h.new_empty(0 if signs.dtype == h.dtype else block_size, f)
     slopes = h.new_empty(n * block_size)
     for block in _blocks(h, codes):
-        rows = signs[block].to(h.dtype)
+        rows = _unpacked(signs, block, unpacked)
         log = _place(logs, n, block, len(kept))
         if not len(kept):
             _logits_torch(h, rows, log).sub_(top[:, :, None]).sub_(rest[:, :, None])
