@@ -120,7 +120,7 @@ def _blocks(h, codes):
 
 
 def _unpacked(signs, block, space):
-    """A block's signs [C, f]: as they are held, or, from bytes, in a buffer [block, f] of the dtype wanted."""
+    """A block's signs [C, f]: as they are held, or, from bytes, in a buffer [block, f] of its dtype."""
     if signs.dtype == space.dtype:
         return signs[block]
     return space[:block.stop - block.start].copy_(signs[block])
