@@ -328,20 +328,25 @@ def show(case, result, least):
 
 
 def report(tables, where):
-    """Markdown tables as README has them: {kernel: (case, result, floor) rows}."""
+    """README's tables in Markdown: {kernel: (case, result, floor) rows}, a row for each of our forms."""
     lines = [f"Measured on {where}."]
     for kernel, rows in tables.items():
         lines += ["", f"**kernels/{kernel}.py**", ""]
-        lines += ["| case | form | time | faster than the textbook | memory | less |"]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += ["| case | textbook | released form | here | faster than: textbook | released "
+                  "| memory: textbook | released | here | less than: textbook | released |",
+                  "|---" * 11 + "|"]
         for case, result, _ in rows:
-            first_time, first_memory = next(iter(result.values()))
-            for name, (time_, memory) in result.items():
-                faster = f"{first_time / time_:.2f}x"
-                less = f"{first_memory / max(memory, 1):.1f}x"
-                memory = f"{memory / 2 ** 20:.1f} MiB"
-                cells = case.label, name, f"{time_ * 1e3:.1f} ms", faster, memory, less
-                lines.append("| " + " | ".join(cells) + " |")
+            others = [result.get("textbook"), None if case.peer == "textbook" else result[case.peer]]
+            for name in sorted({"torch", "triton"} & result.keys()):
+                time_, memory = result[name]
+                times = [f"{other[0] * 1e3:.1f} ms" if other else "" for other in others]
+                times += [f"{time_ * 1e3:.1f} ms"]
+                times += [f"{other[0] / time_:.2f}x" if other else "" for other in others]
+                memories = [f"{other[1] / 2 ** 20:.1f} MiB" if other else "" for other in others]
+                memories += [f"{memory / 2 ** 20:.1f} MiB"]
+                memories += [f"{other[1] / max(memory, 1):.1f}x" if other else "" for other in others]
+                here = case.label + (f", {name}" if name != "torch" else "")
+                lines.append("| " + " | ".join([here, *times, *memories]) + " |")
     return "\n".join(lines) + "\n"
 
 

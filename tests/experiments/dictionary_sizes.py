@@ -15,15 +15,16 @@ from batch_sizes import run
 from matplotlib.figure import Figure
 
 SIZES = [16, 64, 256, 1024, 2048, 4096, 16384]                          # 4096 is the default
-CHANGES = [["--beta-rise", "0"], ["--prior", "none"], ["--norm", "tanh"], ["--dictionary", "learned"],
-           ["--projector", "512-128"], ["--projector", "64"], ["--prior", "forward"], ["--dictionary", "alternating"],
-           ["--dictionary", "hybrid"]]
-RUNS = {**{str(size): ["--codes", str(size)] for size in SIZES},
-        **{f"2048, `{' '.join(change)}`": ["--codes", "2048", *change] for change in CHANGES},
-        **{f"{size}, `--dictionary learned`": ["--codes", str(size), "--dictionary", "learned"] for size in (16, 64)}}
-COLUMNS = {  # name in meters.json, or in report.json: decimals
-    "k-NN": 3, "linear": 3, "NMI": 3, "NMI of a random assignment": 3, "AMI": 3, "codes": 0,
-    "assignment_entropy": 2, "dimensions": 1, "off_diagonal": 3, "cosine": 2, "loss": 2}
+RUNS = {  # options: seeds
+    **{f"--codes {size}": 3 for size in SIZES},
+    "--codes 2048 --beta-rise 0": 3, "--codes 2048 --prior none": 3, "--codes 2048 --norm tanh": 3,
+    "--codes 2048 --dictionary learned": 3, "--codes 2048 --dictionary alternating": 1,
+    "--codes 2048 --dictionary hybrid": 1, "--codes 64 --dictionary learned": 3, "--codes 16 --dictionary learned": 3,
+    "--codes 2048 --projector 512-128": 3, "--codes 2048 --projector 64": 1, "--codes 2048 --prior forward": 1}
+COLUMNS = {  # name in meters.json, or in report.json: in the table, decimals
+    "k-NN": ("k-NN", 3), "linear": ("linear", 3), "AMI": ("AMI", 3), "NMI": ("NMI", 2),
+    "NMI of a random assignment": ("NMI of chance", 2), "codes": ("codes in use", 0), "dimensions": ("dimensions", 1),
+    "off_diagonal": ("off-diagonal", 2), "cosine": ("cosine", 2)}
 
 
 def numbers(job):
@@ -33,30 +34,34 @@ def numbers(job):
     return {**probe, **json.loads((folder / "meters.json").read_text())}
 
 
+def spread(values):
+    """Mean and std; of one seed without std."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("runs", "dictionary-sizes"))
     args = parser.parse_args()
-    jobs = {(name, seed): ((args.out / f"{name.replace('`', '')} {seed}").resolve(), [*options, "--seed", str(seed)])
-            for seed in range(args.seeds) for name, options in RUNS.items()}
+    jobs = {(name, seed): ((args.out / f"{name[2:]} {seed}").resolve(), [*name.split(), "--seed", str(seed)])
+            for seed in range(3) for name, seeds in RUNS.items() if seed < seeds}
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(numbers, jobs.values())))
-    print(f"| codes | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
+    print(f"| run | seeds | {' | '.join(name for name, _ in COLUMNS.values())} |\n{'|---' * (2 + len(COLUMNS))}|")
     table = {}                                                           # {run: {column: (mean, std)}}
-    for name in RUNS:
-        values = {column: [results[name, seed][column] for seed in range(args.seeds)] for column in COLUMNS}
-        table[name] = {column: (statistics.mean(v), statistics.stdev(v)) for column, v in values.items()}
-        print(f"| {name} | " + " | ".join(f"{mean:.{COLUMNS[column]}f} ± {std:.{COLUMNS[column]}f}"
-                                          for column, (mean, std) in table[name].items()) + " |")
+    for name, seeds in RUNS.items():
+        table[name] = {column: spread([results[name, seed][column] for seed in range(seeds)]) for column in COLUMNS}
+        cells = [f"{mean:.{COLUMNS[column][1]}f}" + (f" ± {std:.{COLUMNS[column][1]}f}" if std is not None else "")
+                 for column, (mean, std) in table[name].items()]
+        print(f"| `{name}` | {seeds} | {' | '.join(cells)} |")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = {"accuracy on test features": ["k-NN", "linear"],
               "codes against classes, test images": ["NMI", "NMI of a random assignment", "AMI"],
               "codes in use, 1,440 images": ["codes"], "off-diagonal of h^T h, rms": ["off_diagonal"]}
     for axis, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items()):
         for column in columns:
-            means, stds = zip(*(table[str(size)][column] for size in SIZES))
+            means, stds = zip(*(table[f"--codes {size}"][column] for size in SIZES))
             axis.errorbar(SIZES, means, stds, fmt="o-", capsize=3, label=column if len(columns) > 1 else "measured")
         if columns == ["codes"]:
             axis.plot(SIZES, [min(size, 1440) for size in SIZES], ":", color="gray", label="all that can be")
@@ -69,7 +74,7 @@ def main():
         axis.set_xticklabels(SIZES, rotation=45)
         axis.title.set_size(9)
         axis.legend(fontsize=7)
-    figure.suptitle(f"falcon.py on posed digits, mean ± std over {args.seeds} seeds", fontsize=10)
+    figure.suptitle("falcon.py on posed digits, mean ± std over 3 seeds", fontsize=10)
     figure.savefig(args.out / "dictionary_sizes.png", dpi=110)
     print(f"picture: {args.out / 'dictionary_sizes.png'}")
 

@@ -29,8 +29,9 @@ def thinned(labels, ratio):
 
 
 def channels_last(images):
-    """[N, C, *S] -> [N, *S] or [N, *S, 3], float32; noise below 0 and above 1 is cut off, as .npz files must be."""
-    images = images.clamp(0, 1)
+    """[N, C, *S] -> [N, *S] or [N, *S, 3]; floats' noise below 0 and above 1 is cut off, as .npz files must be."""
+    if images.dtype != torch.uint8:
+        images = images.clamp(0, 1)
     return images[:, 0].numpy() if images.shape[1] == 1 else images.movedim(1, -1).numpy()
 
 

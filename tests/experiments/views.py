@@ -48,17 +48,18 @@ def main():
                 own = ["--views", views, "--seed", str(seed), *options]
                 jobs[name, views, seed] = folder.resolve(), script, [*common, *own]
     with ThreadPoolExecutor(args.jobs) as pool:
-        reports = pool.map(lambda job: run(*job), jobs.values())
-        probes = {job: report["probes"] for job, report in zip(jobs, reports)}
+        reports = dict(zip(jobs, pool.map(lambda job: run(*job), jobs.values())))
 
-    print(f"| method | views | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
+    print(f"| method | views | {' | '.join(COLUMNS)} | RankMe of z |\n|---|---|{'---|' * len(COLUMNS)}---|")
     for row in ("raw pixels", "random encoder"):                         # are the same in all methods
-        own = [probes["VICReg", "crops", seed][row] for seed in range(args.seeds)]
-        print(f"| {row} | | {spread(own)} |")
+        own = [reports["VICReg", "crops", seed]["probes"][row] for seed in range(args.seeds)]
+        print(f"| {row} | | {spread(own)} | |")
     for name in METHODS:
         for views in VIEWS:
-            own = [probes[name, views, seed]["trained encoder"] for seed in range(args.seeds)]
-            print(f"| {name} | {views} | {spread(own)} |")
+            own = [reports[name, views, seed] for seed in range(args.seeds)]
+            panels = [report["panels"]["projector z"] for report in own]
+            rank = f"{statistics.mean(panel['RankMe'] for panel in panels):.0f} of {panels[0]['width']:.0f}"
+            print(f"| {name} | {views} | {spread([report['probes']['trained encoder'] for report in own])} | {rank} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""VICReg and IConE, whole, without what prevents collapse, and with each choice made otherwise: README's table.
+
+    python tests/experiments/ablations.py --jobs 2                       # half an hour on 2 cores; goes on where it stopped
+
+Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/ablations.
+"""
+import argparse
+import os
+import statistics
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from batch_sizes import run
+
+RUNS = {  # script and its options: seeds
+    "vicreg.py": 3, "vicreg.py --variance 0": 3, "vicreg.py --covariance 0": 3,
+    "icone.py": 3, "icone.py --weight 0": 3,
+    **{f"icone.py {choice}": 1 for choice in (
+        "--temperature 0.1", "--temperature 0.5", "--diversity relu2", "--projector 128", "--projector 512-128",
+        "--table-init normal", "--view-view 0.3", "--centre 0", "--bank 256", "--weight 6 --table-lr 0.1",
+        "--weight 3 --table-lr 0.3", "--weight 6 --table-lr 0.3", "--weight 6 --table-lr 1",
+        "--weight 10 --table-lr 1", "--weight 6 --table-lr 3")}}
+
+
+def spread(values, decimals):
+    """mean ± std; of one value itself."""
+    std = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{decimals}f}{std}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs", "ablations"))
+    args = parser.parse_args()
+    jobs = {}
+    for seed in range(3):                                                # whole tables of a seed first
+        for name, seeds in RUNS.items():
+            if seed < seeds:
+                script, *options = name.split()
+                jobs[name, seed] = (args.out / f"{name} {seed}").resolve(), script, [*options, "--seed", str(seed)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        reports = dict(zip(jobs, pool.map(lambda job: run(*job), jobs.values())))
+    print(f"| run | seeds | k-NN | linear | raw std of z | RankMe of z | verdict |\n{'|---' * 7}|")
+    for row in ("raw pixels", "random encoder"):
+        probes = [reports["vicreg.py", seed]["probes"][row] for seed in range(3)]
+        cells = [spread([probe[column] for probe in probes], 3) for column in ("k-NN", "linear")]
+        print(f"| {row} | 3 | {' | '.join(cells)} | | | |")
+    for name, seeds in RUNS.items():
+        own = [reports[name, seed] for seed in range(seeds)]
+        cells = [spread([report["probes"]["trained encoder"][column] for report in own], 3) for column in ("k-NN", "linear")]
+        cells += [spread([report["panels"]["projector z"][column] for report in own], decimals)
+                  for column, decimals in (("raw std", 3), ("RankMe", 0))]
+        verdicts = Counter(report["verdict"].split(":")[0].split(",")[0].lower() for report in own)
+        cells.append(", ".join(f"{verdict} {count} of {seeds}" for verdict, count in verdicts.items()))
+        print(f"| `{name}` | {seeds} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
