@@ -756,30 +756,34 @@ def plot_meters(history, codes, derived, z, folder):
     epochs = [line["epoch"] for line in history]
     losses = [line["loss"] for line in history]
     axes[0].plot(epochs, losses, label="loss")
-    styles = iter(("--", "-.", ":"))
-    for name, value in derived.items():
-        axes[0].axhline(value, color="gray", ls=next(styles), label=name)
+    names = {value: name for name, value in derived.items()}         # of equal values the last, the optimum
+    for (value, name), style in zip(names.items(), ("--", "-.", ":")):
+        axes[0].axhline(value, color="gray", ls=style, label=name)
     _, top = axes[0].get_ylim()
-    axes[0].set(title="loss", ylim=(0, 1.6 * top))                   # room for the legend
+    axes[0].set(title="loss", ylim=(0, 1.6 * top), ylabel="nats")    # room for the legend
 
-    lines = {"std": (axes[1], "std of a dimension"),
-             "cosine": (axes[1], "mean cosine of two images"),
-             "dimensions": (axes[2], f"dimensions in use of {z.shape[1]}"),
-             "codes": (axes[4], f"codes in use of {codes}"),
-             "assignment_entropy": (axes[4], f"entropy of mean p, at most {math.log(codes):.1f}"),
-             "mixture_entropy_10": (axes[5], "entropy of 10 Gaussians / f")}
+    lines = {"std": (axes[1], "std of a dimension (one point: 0)"),
+             "cosine": (axes[1], "mean cosine of two images (one point: 1)"),
+             "dimensions": (axes[2], f"of {z.shape[1]}"),
+             "codes": (axes[4], f"likeliest code of an image, of {codes}"),
+             "assignment_entropy": (axes[4], "exp entropy of the mean assignment"),
+             "mixture_entropy_10": (axes[5], "of 10 Gaussians")}
     for name, (axis, label) in lines.items():
         values = [line["meters"].get(name, math.nan) for line in history]
+        if name == "assignment_entropy":
+            values = np.exp(values)                                  # a number of codes too
         axis.plot(epochs, values, label=label)
-    axes[1].set_title("representation collapse")
-    axes[2].set_title("dimensional collapse")
-    axes[4].set(title="cluster collapse", yscale="log")
-    axes[5].set_title("intracluster collapse")
+    axes[1].set(title="representation collapse", ylim=(None, 1))
+    axes[2].set(title="dimensional collapse", ylabel="dimensions in use", ylim=(0, None))
+    axes[4].set(title="cluster collapse", yscale="log", ylabel="codes in use")
+    axes[5].set(title="intracluster collapse", ylabel="entropy / f, nats")
 
     second_moment = z.double().T @ z.double() / len(z)
     spectrum = torch.linalg.eigvalsh(second_moment).flip(0).clamp(min=1e-12)
-    axes[3].semilogy(range(1, len(spectrum) + 1), spectrum, label="of z's second moment")
-    axes[3].set(title="dimensional collapse", xlabel="singular value, by size")
+    axes[3].semilogy(range(1, len(spectrum) + 1), spectrum, label="of z^T z / N, at the end")
+    axes[3].set(title="its spectrum", xlabel="eigenvalue, by size", ylabel="eigenvalue")
+    for axis in axes[[0, 1, 2, 4, 5]]:
+        axis.set_xlabel("epoch")
     for axis in axes:
         axis.legend(fontsize=7)
     save_figure(figure, folder / "meters.png")

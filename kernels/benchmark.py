@@ -294,6 +294,9 @@ def measure(case, device, repeats):
 
 
 # ---- Output ------------------------------------------------------------------------------------------------
+LABELS = {"textbook": ("textbook", "0.6"), "torch": ("here, torch", "C1"), "triton": ("here, Triton", "C3")}
+
+
 def draw(rows, path, where):
     """Bars of time and memory for (case, result, floor) rows."""
     figure = Figure(figsize=(10, 1.6 + .42 * len(rows)), layout="constrained")
@@ -303,11 +306,14 @@ def draw(rows, path, where):
     panels = (left, 0, 1e3, "forward + backward, ms"), (right, 1, 2 ** -20, "memory, MiB")
     for axis, k, scale, label in panels:
         for i, name in enumerate(names):
+            form, colour = LABELS.get(name, (f"released: {name}", "C0"))
             here = [r for r, (_, result, _) in enumerate(rows) if name in result]
             y = [r + (i - (len(names) - 1) / 2) * height for r in here]
-            axis.barh(y, [rows[r][1][name][k] * scale for r in here], height, label=name)
+            axis.barh(y, [rows[r][1][name][k] * scale for r in here], height, label=form, color=colour)
         axis.set(xscale="log", xlabel=label)
     left.set(yticks=range(len(rows)), yticklabels=[case.label for case, *_ in rows])
+    sizes = {"covariance": "N, D", "bank": "B, N, d; repulsion: N, d", "dictionary": "n, c, f"}
+    left.set_ylabel(sizes[path.stem])
     left.invert_yaxis()
     for r, (*_, least) in enumerate(rows):
         left.vlines(least * 1e3, r - .4, r + .4, color="black", label=None if r else "floor")

@@ -36,12 +36,13 @@ def plot_curves(history, probes, folder):
         values = [line[name] for line in history]
         axes[0].plot(epochs, values, ".-", label=name)
     axes[0].set_yscale("asinh", linear_width=0.1)        # logarithmic, but for terms that cross 0
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[0].set_title("loss terms, means over an epoch")
-    axes[0].legend()
+    axes[0].legend(fontsize=8, framealpha=0.5)
 
     ranks = [line.get("RankMe", math.nan) for line in history]
     axes[1].plot(epochs, ranks, "o")
-    axes[1].set_title("RankMe of z, 256 test images")
+    axes[1].set(title="RankMe of z, 256 test images", ylim=(0, None))
 
     if labelled:
         knn = [line.get("knn", math.nan) for line in history]

@@ -1,4 +1,5 @@
 """README's tables, made again: each has its command in a comment above it, and must say what the command prints.
+So must blocks of a command's output.
 
     python -m pytest -m slow tests/test_numbers.py                       # hours; experiments go on where they stopped, in runs/
     python -m tests.test_numbers WORD                                    # writes the tables whose command has WORD
@@ -14,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-TABLE = re.compile(r"^<!-- (python .+?) -->\n((?:\|.*\n)+)", re.M)
-NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
+TABLE = re.compile(r"^<!-- (python .+?) -->\n\n?((?:\|.*\n)+|(?:    .*\n)+)", re.M)
+NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def tables(text):
@@ -23,23 +24,28 @@ def tables(text):
     return TABLE.findall(text)
 
 
-def printed(command, header):
-    """The table with this header among what a command prints."""
+def printed(command, stated):
+    """The table with the header of the stated one, or the block with its first line, among what a command prints."""
     words = shlex.split(command)
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    lines = iter(done.stdout.splitlines())
-    for line in lines:
-        if line == header:
-            rows = [line]
-            for line in lines:
-                if not line.startswith("|"):
-                    break
-                rows.append(line)
-            return "\n".join(rows) + "\n"
-    raise AssertionError(f"{command} prints no table with the header {header}")
+    lines = done.stdout.splitlines()
+    first, *rest = stated.splitlines()
+    indent = "" if first.startswith("|") else "    "
+    for start, line in enumerate(lines):
+        if indent + line == first:
+            end = start + 1
+            if indent:
+                end += len(rest)
+            while not indent and end < len(lines) and lines[end].startswith("|"):
+                end += 1
+            return "".join(f"{indent}{line}\n" for line in lines[start:end])
+    raise AssertionError(f"{command} does not print {first}")
 
 
 def cells(row):
+    """Of a row of a table; of a line of output, the line."""
+    if not row.startswith("|"):
+        return [" ".join(row.split())]
     return [cell.strip() for cell in row.strip().strip("|").split("|")]
 
 
@@ -56,12 +62,12 @@ def agree(stated, found):
 
 
 def differences(stated, found):
-    """Cells of two tables that do not agree, as text."""
+    """Cells of two tables, or lines of two blocks, that do not agree, as text."""
     wrong = []
     a, b = stated.splitlines(), found.splitlines()
     if len(a) != len(b):
         wrong.append(f"{len(a)} lines, {len(b)} printed")
-    for mine, its in zip(a[2:], b[2:]):
+    for mine, its in zip(a[1:], b[1:]):
         for name, one, other in zip(cells(a[0]), cells(mine), cells(its)):
             if not agree(one, other):
                 wrong.append(f"{cells(mine)[0]}, {name}: README has {one}, found {other}")
@@ -76,12 +82,15 @@ def test_tables_that_differ_beyond_their_spread_are_told_apart():
     assert len(differences(table, table.replace(" 10 ", " 15 "))) == 1
     assert len(differences(table, table.replace("x,", "z,"))) == 1
     assert len(differences(table, table + "| more | 1 | 1 |\n")) == 1
+    block = "    what       theory    apart\n    a rate     0.25      1e-13\n"
+    assert not differences(block, block.replace("1e-13", "4e-13").replace("0.25", "0.26"))
+    assert len(differences(block, block.replace("1e-13", "0.13"))) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command, table", tables(README.read_text()))
 def test_readme_states_what_the_command_prints(command, table):
-    wrong = differences(table, printed(command, table.splitlines()[0]))
+    wrong = differences(table, printed(command, table))
     assert not wrong, "\n".join(wrong)
 
 
@@ -90,5 +99,5 @@ if __name__ == "__main__":
     for command, table in tables(text):
         if sys.argv[1] in command:
             print(command)
-            text = text.replace(f"<!-- {command} -->\n{table}", f"<!-- {command} -->\n{printed(command, table.splitlines()[0])}")
+            text = text.replace(f"<!-- {command} -->\n{table}", f"<!-- {command} -->\n{printed(command, table)}")
     README.write_text(text)
