@@ -21,7 +21,7 @@ NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 def tables(text):
     """[(command, table)] of a README."""
-    return TABLE.findall(text)
+    return TABLE.findall(text.replace("\u00a0", " "))              # in tables "0.5 ± 0.1" does not break
 
 
 def printed(command, stated):
@@ -95,9 +95,9 @@ def test_readme_states_what_the_command_prints(command, table):
 
 
 if __name__ == "__main__":
-    text = README.read_text()
+    text = README.read_text().replace("\u00a0", " ")
     for command, table in tables(text):
         if sys.argv[1] in command:
             print(command)
             text = text.replace(f"<!-- {command} -->\n{table}", f"<!-- {command} -->\n{printed(command, table)}")
-    README.write_text(text)
+    README.write_text(re.sub(r"^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), text, flags=re.M))

@@ -21,17 +21,18 @@ RUNS = {  # options: seeds
     "--codes 2048 --dictionary learned": 3, "--codes 2048 --dictionary alternating": 1,
     "--codes 2048 --dictionary hybrid": 1, "--codes 64 --dictionary learned": 3, "--codes 16 --dictionary learned": 3,
     "--codes 2048 --projector 512-128": 3, "--codes 2048 --projector 64": 1, "--codes 2048 --prior forward": 1}
-COLUMNS = {  # name in meters.json, or in report.json: in the table, decimals
-    "k-NN": ("k-NN", 3), "linear": ("linear", 3), "AMI": ("AMI", 3), "NMI": ("NMI", 2),
-    "NMI of a random assignment": ("NMI of chance", 2), "codes": ("codes in use", 0), "dimensions": ("dimensions", 1),
-    "off_diagonal": ("off-diagonal", 2), "cosine": ("cosine", 2)}
+COLUMNS = {  # name in the table: in meters.json or report.json, decimals, whether with its std
+    "k-NN": ("k-NN", 3, True), "linear": ("linear", 3, True), "AMI": ("AMI", 3, True), "NMI": ("NMI", 2, False),
+    "of chance": ("NMI of a random assignment", 2, False), "codes in use": ("codes", 0, False),
+    "dimensions": ("dimensions", 1, False), "off-diagonal": ("off_diagonal", 2, False)}
 
 
 def numbers(job):
     """One run's numbers, {name in COLUMNS: value}."""
     folder, options = job
-    probe = run(folder, "falcon.py", options)["probes"]["trained encoder"]
-    return {**probe, **json.loads((folder / "meters.json").read_text())}
+    found = run(folder, "falcon.py", options)["probes"]["trained encoder"]
+    found |= json.loads((folder / "meters.json").read_text())
+    return {column: found[name] for column, (name, _, _) in COLUMNS.items()}
 
 
 def spread(values):
@@ -48,28 +49,30 @@ def main():
             for seed in range(3) for name, seeds in RUNS.items() if seed < seeds}
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(numbers, jobs.values())))
-    print(f"| run | seeds | {' | '.join(name for name, _ in COLUMNS.values())} |\n{'|---' * (2 + len(COLUMNS))}|")
+    print(f"| run | seeds | {' | '.join(COLUMNS)} |\n{'|---' * (2 + len(COLUMNS))}|")
     table = {}                                                           # {run: {column: (mean, std)}}
     for name, seeds in RUNS.items():
         table[name] = {column: spread([results[name, seed][column] for seed in range(seeds)]) for column in COLUMNS}
-        cells = [f"{mean:.{COLUMNS[column][1]}f}" + (f" ± {std:.{COLUMNS[column][1]}f}" if std is not None else "")
-                 for column, (mean, std) in table[name].items()]
+        cells = []
+        for column, (mean, std) in table[name].items():
+            _, decimals, both = COLUMNS[column]
+            cells.append(f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if both and std is not None else ""))
         print(f"| `{name}` | {seeds} | {' | '.join(cells)} |")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = {"accuracy on test features": ["k-NN", "linear"],
-              "codes against classes, test images": ["NMI", "NMI of a random assignment", "AMI"],
-              "codes in use, 1,440 images": ["codes"], "off-diagonal of h^T h, rms": ["off_diagonal"]}
+              "codes against classes, test images": ["NMI", "of chance", "AMI"],
+              "codes in use, 1,440 images": ["codes in use"], "off-diagonal of h^T h, rms": ["off-diagonal"]}
     for axis, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items()):
         for column in columns:
             means, stds = zip(*(table[f"--codes {size}"][column] for size in SIZES))
             axis.errorbar(SIZES, means, stds, fmt="o-", capsize=3, label=column if len(columns) > 1 else "measured")
-        if columns == ["codes"]:
+        if columns == ["codes in use"]:
             axis.plot(SIZES, [min(size, 1440) for size in SIZES], ":", color="gray", label="all that can be")
-        if columns == ["off_diagonal"]:
+        if columns == ["off-diagonal"]:
             axis.plot(SIZES, [size ** -.5 for size in SIZES], ":", color="gray", label="at the optimum, 1 / sqrt(c)")
         axis.set_xscale("log", base=4)
         axis.set(xlabel="codes c", title=title, ylim=(0, 1 if len(columns) > 1 else None), xticks=SIZES)
-        if columns == ["codes"]:
+        if columns == ["codes in use"]:
             axis.set(yscale="log", ylim=(1, 2000))
         axis.set_xticklabels(SIZES, rotation=45)
         axis.title.set_size(9)

@@ -78,21 +78,25 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(numbers, jobs.values())))
 
-    print("| run | seeds | k-NN | linear | k-NN over its base, 95 % | linear over its base, 95 % | k-NN with the module "
-          "| others' part | noise: NT-Xent / exchanged / chance |\n|" + "---|" * 9)
+    print("| run | seeds | k-NN | linear | k-NN over its base, 95 % | linear over its base, 95 % | with the module |\n"
+          + "|---" * 7 + "|")
     differences = {}                                                     # {run: {probe: one number a seed}}
+    noise, others = {}, {}
     for name, (base, _) in chosen.items():
         own, its = ([results[run, seed] for seed in seeds[name]] for run in (name, base))
         differences[name] = {probe: [a[probe] - b[probe] for a, b in zip(own, its)] for probe in ("k-NN", "linear")}
         cells = [spread([line[probe] for line in own]) for probe in ("k-NN", "linear")]
         if name == base:
-            cells += [""] * 4
+            cells += [""] * 3
         else:
             cells += [f"{statistics.mean(v):+.3f} ± {interval(v):.3f}" for v in differences[name].values()]
-            cells.append(spread([line["with the module"] for line in own]))
-            cells.append(f"{statistics.mean(line['others'] for line in own):.2f}")
-        noise = (statistics.mean(line[c] for line in own) for c in ("noise_nt_xent", "noise_exchanged", "chance"))
-        print(f"| {name} | {len(own)} | {' | '.join(cells)} | {' / '.join(f'{value:.2f}' for value in noise)} |")
+            cells.append(f"{statistics.mean(line['with the module'] for line in own):.3f}")
+            others[name] = statistics.mean(line["others"] for line in own)
+        noise[name] = statistics.mean(line["noise_nt_xent"] / line["noise_exchanged"] for line in own)
+        print(f"| {name} | {len(own)} | {' | '.join(cells)} |")
+    for title, values in (("NT-Xent of noise over the same with partners exchanged", noise), ("others' part", others)):
+        low, high = (pick(values, key=values.get) for pick in (min, max))
+        print(f"{title}: from {values[low]:.2f} ({low}) to {values[high]:.2f} ({high})")
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)

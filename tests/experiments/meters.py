@@ -1,4 +1,4 @@
-"""All methods on FALCON's meters of four collapses, on the collapse panel and with few labels: two of README's tables.
+"""All methods on FALCON's meters of four collapses, on the collapse panel and with few labels: three of README's tables.
 
     python tests/experiments/meters.py --jobs 2                         # a quarter of an hour on 2 cores; goes on where it stopped
 
@@ -29,9 +29,11 @@ METHODS = {  # name: script, its options, model of an encoder
     "SimCLR + fusion": ("ba_ssl.py", [], lambda encoder: ba_ssl.BASSL(encoder, 128)),
     "IConE": ("icone.py", [], lambda encoder: icone.IConE(encoder, 128, 1437)),
     "FALCON": ("falcon.py", [], lambda encoder: falcon.FALCON(encoder, 128, 64))}
-METERS = ["std", "cosine", "dimensions", "off_diagonal", "codes", "assignment_entropy", "mixture_entropy_10"]
-PANEL = ["cosine", "RankMe", "participation", "uniformity", "TwoNN", "view ratio"]
-PROBES = ["k-NN", "linear", "1 a class", "5 a class", "10 a class"]
+METERS = {  # name in the table: in falcon.collapse_meters, decimals
+    "std": ("std", 2), "cosine": ("cosine", 2), "dimensions": ("dimensions", 2), "off-diagonal": ("off_diagonal", 2),
+    "codes": ("codes", 0), "assignment entropy": ("assignment_entropy", 2), "mixture entropy": ("mixture_entropy_10", 2)}
+PANEL = {"cosine": 2, "RankMe": 1, "participation": 1, "uniformity": 2, "TwoNN": 1, "view ratio": 2}        # decimals
+PROBES = {"k-NN": 3, "linear": 3, "1 a class": 3, "5 a class": 3, "10 a class": 3}
 
 
 def numbers(job):
@@ -53,10 +55,11 @@ def numbers(job):
             "raw pixels": report["probes"]["raw pixels"], "random encoder": report["probes"]["random encoder"]}
 
 
-def cells(results, group, names, decimals=3):
-    columns = ([result[group][name] for result in results] for name in names)
-    return " | ".join(f"{statistics.mean(column):.{decimals}f} ± {statistics.stdev(column):.{decimals}f}"
-                      for column in columns)
+def cells(results, group, names):
+    """names: {name: decimals}."""
+    columns = {name: [result[group][name] for result in results] for name in names}
+    return " | ".join(f"{statistics.mean(column):.{names[name]}f} ± {statistics.stdev(column):.{names[name]}f}"
+                      for name, column in columns.items())
 
 
 def main():
@@ -75,9 +78,11 @@ def main():
         print(f"| {name} | {cells(table['VICReg'], name, PROBES)} |")
     for name, results in table.items():
         print(f"| {name} | {cells(results, 'probes', PROBES)} |")
-    print(f"\n| method | {' | '.join(METERS)} | {' | '.join(PANEL)} |\n|---|{'---|' * (len(METERS) + len(PANEL))}")
-    for name, results in table.items():
-        print(f"| {name} | {cells(results, 'meters', METERS, 2)} | {cells(results, 'panel', PANEL, 2)} |")
+    decimals = dict(METERS.values())
+    for group, names, title in (("meters", decimals, METERS), ("panel", PANEL, PANEL)):
+        print(f"\n| method | {' | '.join(title)} |\n|---|{'---|' * len(title)}")
+        for name, results in table.items():
+            print(f"| {name} | {cells(results, group, names)} |")
 
 
 if __name__ == "__main__":
