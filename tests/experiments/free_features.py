@@ -104,10 +104,10 @@ def rows_of_the_table(n, f):
     return rows
 
 
-def describe(name, found, seconds):
+def describe(name, found):
     print(f"| {name} | {found['loss']:.3f} | {found['optimum']:.3f} | {found['distance']:.3f} | {found['codes']} "
           f"| {found['dimensions']:.1f} | {found['off_diagonal']:.3f} | {1 / math.sqrt(found['codes']):.3f} "
-          f"| {found['cosine']:.3f} | {seconds:.0f} |", flush=True)
+          f"| {found['cosine']:.3f} |", flush=True)
 
 
 def draw(found, n, f, path):
@@ -124,7 +124,7 @@ def draw(found, n, f, path):
             values = [found[f"{norm}, c = {codes}"][name] for codes in SIZES]
             axis.plot(SIZES, values, "o" if norm == "l2" else "x", label=norm)
         if line:
-            axis.plot(SIZES, line, color="gray", lw=1, zorder=0, label="1 / sqrt(codes)" if "off" in name else "optimum")
+            axis.plot(SIZES, line, color="gray", lw=1, zorder=0, label="1 / sqrt(codes in use)" if "off" in name else "optimum")
         axis.set_xscale("log", base=4)
         axis.set_xticks(SIZES, SIZES, rotation=45, fontsize=7)
         axis.set_title(title, fontsize=9)
@@ -148,8 +148,8 @@ def main():
     parser.add_argument("--lr", type=float)
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of free_features.png")
     args = parser.parse_args()
-    print("| case | loss | optimum | distance | codes | dimensions | off-diagonal | 1 / sqrt(codes) | cosine | s |\n"
-          + "|---" * 10 + "|")
+    print("| case | loss | optimum | distance | codes in use | dimensions | off-diagonal | 1 / sqrt(codes in use) | cosine |\n"
+          + "|---" * 9 + "|")
     if args.codes:
         rows = {f"{args.norm}, n = {args.rows}, c = {args.codes}": dict(
             n=args.rows, codes=args.codes, f=args.features, norm=args.norm, batch=args.batch, steps=args.steps,
@@ -162,8 +162,10 @@ def main():
         h, _ = descend(**options)
         found[name] = judged(h, options["codes"], options.get("beta", 1.), options.get("prior", "reverse"),
                              mixtures=() if args.codes else (10,))
-        describe(name, found[name], time.monotonic() - start)
-    if not args.codes:
+        describe(name, found[name])
+    if args.codes:
+        print(f"{time.monotonic() - start:.0f} s")
+    else:
         draw(found, args.rows, args.features, args.out / "free_features.png")
 
 
