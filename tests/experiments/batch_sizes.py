@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 METHODS = {  # name in the figure: script, its options; IConE alone takes a batch of 1
@@ -33,12 +34,22 @@ def run(folder, script, options):
     return json.loads((folder / "report.json").read_text())
 
 
-def numbers(job):
+def numbers(report):
     """One run's numbers in the order of COLUMNS."""
-    report = run(*job)
     panel = report["panels"]["projector z"]
     probe = report["probes"]["trained encoder"]
     return [probe["k-NN"], probe["linear"], panel["RankMe"], panel["TwoNN"]]
+
+
+def spread(values, decimals=3):
+    """mean ± std."""
+    return f"{statistics.mean(values):.{decimals}f} ± {statistics.stdev(values):.{decimals}f}"
+
+
+def interval(values):
+    """Their mean and half the width of its 95 % interval, by Student's t."""
+    width = stats.t.ppf(.975, len(values) - 1) * statistics.stdev(values) / len(values) ** .5
+    return f"{statistics.mean(values):+.3f} ± {width:.3f}"
 
 
 def main():
@@ -47,7 +58,7 @@ def main():
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 4, 16, 64, 256], help="batches")
     parser.add_argument("--options", nargs="*", default=[], help="of all runs, without their dashes: width=8")
     parser.add_argument("--epochs", default="64", help="of every run")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="at least 2")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("runs", "batch-sizes"))
     args = parser.parse_args()
@@ -63,17 +74,22 @@ def main():
                 jobs[name, size, seed] = folder.resolve(), script, [
                     *options, *common, "--batch", str(size), "--seed", str(seed)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(jobs, pool.map(numbers, jobs.values())))
+        reports = dict(zip(jobs, pool.map(lambda job: run(*job), jobs.values())))
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, len(COLUMNS))
-    print(f"| method | batch | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
+    print(f"| method | batch | {' | '.join(COLUMNS)} | IConE over it, k-NN, 95 % |\n{'|---' * (3 + len(COLUMNS))}|")
+    for row in ("raw pixels", "random encoder"):                         # the same in all methods
+        probes = [reports["IConE", args.sizes[0], seed]["probes"][row] for seed in range(args.seeds)]
+        print(f"| {row} | | {' | '.join(spread([probe[c] for probe in probes]) for c in COLUMNS[:2])} | | | |")
     for name, sizes in taken.items():
         table = []                                                       # [sizes][columns] of (mean, std)
         for size in sizes:
-            columns = zip(*(results[name, size, seed] for seed in range(args.seeds)))
+            columns = [*zip(*(numbers(reports[name, size, seed]) for seed in range(args.seeds)))]
             table.append([(statistics.mean(column), statistics.stdev(column)) for column in columns])
-            cells = [f"{mean:.3f} ± {std:.3f}" if k < 2 else f"{mean:.1f} ± {std:.1f}"
-                     for k, (mean, std) in enumerate(table[-1])]
+            cells = [spread(column, 3 if k < 2 else 1) for k, column in enumerate(columns)]
+            apart = [reports["IConE", size, seed]["probes"]["trained encoder"]["k-NN"] - value
+                     for seed, value in enumerate(columns[0])]
+            cells.append(interval(apart) if name != "IConE" else "")
             print(f"| {name} | {size} | {' | '.join(cells)} |")
         for axis, column in zip(axes, zip(*table)):
             means, stds = zip(*column)

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from batch_sizes import run
+from batch_sizes import interval, run
 from imbalanced import channels_last, thinned
 from matplotlib.figure import Figure
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import vicreg
@@ -27,7 +26,7 @@ from kernels import knn_accuracy
 
 METHODS = {"IConE": ("icone.py", []), "VICReg": ("vicreg.py", []), "SimCLR": ("ba_ssl.py", ["--no-fusion"])}
 PARTS = ["head", "middle", "tail"]
-COLUMNS = ["k-NN", "linear", *PARTS, "RankMe of z", "TwoNN of z"]
+COLUMNS = {"k-NN": 3, "linear": 3, **dict.fromkeys(PARTS, 3), "RankMe": 1, "TwoNN": 1}                       # decimals
 
 
 def numbers(job):
@@ -43,8 +42,8 @@ def numbers(job):
         parts[part] = knn_accuracy(h, y, h_test[rows], y_test[rows])
     panel = report["panels"]["projector z"]
     probe = report["probes"]["trained encoder"]
-    return {"k-NN": probe["k-NN"], "linear": probe["linear"], **parts, "RankMe of z": panel["RankMe"],
-            "TwoNN of z": panel["TwoNN"], "raw": report["probes"]["raw pixels"]["k-NN"],
+    return {"k-NN": probe["k-NN"], "linear": probe["linear"], **parts, "RankMe": panel["RankMe"],
+            "TwoNN": panel["TwoNN"], "raw": report["probes"]["raw pixels"]["k-NN"],
             "random": report["probes"]["random encoder"]["k-NN"]}
 
 
@@ -80,24 +79,24 @@ def main():
         results = dict(zip(jobs, pool.map(numbers, jobs.values())))
 
     seeds = range(args.seeds)
-    print(f"| R | batch | method | {' | '.join(COLUMNS)} | IConE over it, k-NN, 95 % |\n{'|---' * (4 + len(COLUMNS))}|")
+    print(f"| R, batch | method | {' | '.join(COLUMNS)} | IConE over it, k-NN, 95 % |\n{'|---' * (3 + len(COLUMNS))}|")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, len(args.ratios) * len(args.batches), sharey=True, squeeze=False)[0]
     for axis, (ratio, size) in zip(axes, [(ratio, size) for ratio in args.ratios for size in args.batches]):
         for k, name in enumerate(METHODS):
             own = [results[seed, ratio, size, name] for seed in seeds]
-            spreads = {c: (statistics.mean(line[c] for line in own), statistics.stdev(line[c] for line in own)) for c in COLUMNS}
-            cells = [f"{mean:.3f} ± {std:.3f}" if "z" not in c else f"{mean:.1f} ± {std:.1f}"
-                     for c, (mean, std) in spreads.items()]
+            means = {column: statistics.mean(line[column] for line in own) for column in COLUMNS}
+            stds = {column: statistics.stdev(line[column] for line in own) for column in COLUMNS}
+            cells = [f"{mean:.{COLUMNS[column]}f}" for column, mean in means.items()]
+            cells[0] += f" ± {stds['k-NN']:.3f}"
             apart = [results[seed, ratio, size, "IConE"]["k-NN"] - line["k-NN"] for seed, line in enumerate(own)]
-            width = stats.t.ppf(.975, len(apart) - 1) * statistics.stdev(apart) / len(apart) ** .5
-            cells.append("" if name == "IConE" else f"{statistics.mean(apart):+.3f} ± {width:.3f}")
-            print(f"| {ratio} | {size} | {name} | {' | '.join(cells)} |")
-            means, stds = zip(*(spreads[part] for part in PARTS))
-            axis.bar([x + .27 * (k - 1) for x in range(3)], means, .25, yerr=stds, capsize=2, label=name)
+            cells.append("" if name == "IConE" else interval(apart))
+            print(f"| {ratio}, {size} | {name} | {' | '.join(cells)} |")
+            axis.bar([x + .27 * (k - 1) for x in range(3)], [means[part] for part in PARTS], .25,
+                     yerr=[stds[part] for part in PARTS], capsize=2, label=name)
         random = [line["random"] for line in own]
-        print(f"| {ratio} | {size} | raw pixels; random encoder | {own[0]['raw']:.3f}; {statistics.mean(random):.3f} ± "
-              f"{statistics.stdev(random):.3f} {'| ' * (len(COLUMNS) + 1)}|")
+        for row, cell in (("raw pixels", f"{own[0]['raw']:.3f}"), ("random encoder", f"{statistics.mean(random):.3f}")):
+            print(f"| {ratio}, {size} | {row} | {cell} {'| ' * len(COLUMNS)}|")
         axis.set(title=f"R = {ratio}, batch {size}", xticks=range(3))
         axis.set_xticklabels(PARTS)
     axes[0].set(ylabel="k-NN accuracy")
