@@ -99,6 +99,11 @@ def main():
             print(f"| {ratio}, {size} | {row} | {cell} {'| ' * len(COLUMNS)}|")
         axis.set(title=f"R = {ratio}, batch {size}", xticks=range(3))
         axis.set_xticklabels(PARTS)
+    least, most = args.ratios[0], args.ratios[-1]
+    for size in args.batches if most > least else []:
+        changes = [f"{name} " + interval([results[seed, most, size, name]["k-NN"] - results[seed, least, size, name]["k-NN"]
+                                          for seed in seeds]) for name in METHODS]
+        print(f"k-NN from R = {least} to {most}, batch {size}, 95 %: {'; '.join(changes)}")
     axes[0].set(ylabel="k-NN accuracy")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), fontsize=9)
     figure.savefig(args.out / "long_tail.png", dpi=110)
