@@ -1,7 +1,7 @@
 """IConE, VICReg and SimCLR where classes are unequal, on a test set that is balanced: README's table and figure.
 
     python tests/experiments/glyphs.py --out glyphs.npz
-    python tests/experiments/long_tail.py --jobs 2                       # an hour on 2 cores; goes on where it stopped
+    python tests/experiments/long_tail.py                                # two hours and a half on 2 cores; goes on where it stopped
 
 Class k of K keeps R^(-k / (K - 1)) of the largest one's training images (imbalanced.py). Head, middle and tail are
 thirds of the classes. Every run sees as many images. Runs the scripts as a user does, on the CPU, one thread a run,
