@@ -339,7 +339,7 @@ def report(tables, where):
     for kernel, rows in tables.items():
         lines += ["", f"**kernels/{kernel}.py**", ""]
         lines += ["| case | textbook | released form | here | faster than: textbook | released "
-                  "| memory: textbook | released | here | less than: textbook | released |",
+                  "| MiB: textbook | released | here | less than: textbook | released |",
                   "|---" * 11 + "|"]
         for case, result, _ in rows:
             others = [result.get("textbook"), None if case.peer == "textbook" else result[case.peer]]
@@ -348,8 +348,8 @@ def report(tables, where):
                 times = [f"{other[0] * 1e3:.1f} ms" if other else "" for other in others]
                 times += [f"{time_ * 1e3:.1f} ms"]
                 times += [f"{other[0] / time_:.2f}x" if other else "" for other in others]
-                memories = [f"{other[1] / 2 ** 20:.1f} MiB" if other else "" for other in others]
-                memories += [f"{memory / 2 ** 20:.1f} MiB"]
+                memories = [f"{other[1] / 2 ** 20:.1f}" if other else "" for other in others]
+                memories += [f"{memory / 2 ** 20:.1f}"]
                 memories += [f"{other[1] / max(memory, 1):.1f}x" if other else "" for other in others]
                 here = case.label + (f", {name}" if name != "torch" else "")
                 lines.append("| " + " | ".join([here, *times, *memories]) + " |")
