@@ -57,7 +57,7 @@ def agree(stated, found):
     ours, theirs = ([float(number.replace(",", "")) for number in NUMBER.findall(cell)] for cell in (stated, found))
     if "±" in stated:
         return abs(ours[0] - theirs[0]) <= max(.02, 3 * math.hypot(ours[1], theirs[1]))
-    share = .5 if stated.endswith(("ms", "x")) else .3
+    share = .5 if stated.endswith((" s", "ms", "x")) else .3
     return all(abs(a - b) <= max(.02, share * max(abs(a), abs(b))) for a, b in zip(ours, theirs))
 
 

@@ -61,7 +61,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs", "batch-sizes", "digits"), help="batch_sizes.py's")
     args = parser.parse_args()
     data = vicreg.load_data("digits")
-    print(f"| batch | method | ms a step | MiB a step | epochs to {args.accuracy} | seconds to it |\n{'|---' * 6}|")
+    print(f"| batch | method | a step | MiB a step | epochs to {args.accuracy} | time to it |\n{'|---' * 6}|")
     for batch in args.batches:
         steps = {name: step_of(name, data, batch) for name in MODELS}
         times = {name: [] for name in MODELS}
@@ -79,9 +79,10 @@ def main():
                 run(folder.resolve(), script, own)
                 epochs.append(epochs_to(folder, args.accuracy))
             own_time = statistics.median(times[name])
-            seconds = [own_time * count * (len(data.images) // batch) for count in epochs]
-            cells = [f"{statistics.mean(x):.0f} ± {statistics.stdev(x):.0f}" for x in (epochs, seconds)]
-            print(f"| {batch} | {name} | {own_time * 1e3:.1f} | {peak_memory(step) / 2 ** 20:.0f} | {' | '.join(cells)} |")
+            seconds = own_time * statistics.mean(epochs) * (len(data.images) // batch)
+            cells = [f"{own_time * 1e3:.1f} ms", f"{peak_memory(step) / 2 ** 20:.0f}",
+                     f"{statistics.mean(epochs):.1f} ± {statistics.stdev(epochs):.1f}", f"{seconds:.0f} s"]
+            print(f"| {batch} | {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
