@@ -99,5 +99,5 @@ if __name__ == "__main__":
     for command, table in tables(text):
         if sys.argv[1] in command:
             print(command)
-            text = text.replace(f"<!-- {command} -->\n{table}", f"<!-- {command} -->\n{printed(command, table)}")
+            text = text.replace(table, printed(command, table))
     README.write_text(re.sub(r"^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), text, flags=re.M))
