@@ -6,12 +6,11 @@ Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time,
 """
 import argparse
 import os
-import statistics
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from batch_sizes import run
+from batch_sizes import run, spread
 
 RUNS = {  # script and its options: seeds
     "vicreg.py": 3, "vicreg.py --variance 0": 3, "vicreg.py --covariance 0": 3,
@@ -21,12 +20,6 @@ RUNS = {  # script and its options: seeds
         "--table-init normal", "--view-view 0.3", "--centre 0", "--bank 256", "--weight 6 --table-lr 0.1",
         "--weight 3 --table-lr 0.3", "--weight 6 --table-lr 0.3", "--weight 6 --table-lr 1",
         "--weight 10 --table-lr 1", "--weight 6 --table-lr 3")}}
-
-
-def spread(values, decimals):
-    """mean ± std; of one value itself."""
-    std = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{decimals}f}{std}"
 
 
 def main():

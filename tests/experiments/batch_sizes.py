@@ -43,14 +43,19 @@ def numbers(report):
 
 
 def spread(values, decimals=3):
-    """mean ± std."""
-    return f"{statistics.mean(values):.{decimals}f} ± {statistics.stdev(values):.{decimals}f}"
+    """mean ± std; of one value itself."""
+    std = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{decimals}f}{std}"
+
+
+def half_width(values):
+    """Of the 95 % interval of their mean, by Student's t."""
+    return stats.t.ppf(.975, len(values) - 1) * statistics.stdev(values) / len(values) ** .5
 
 
 def interval(values):
-    """Their mean and half the width of its 95 % interval, by Student's t."""
-    width = stats.t.ppf(.975, len(values) - 1) * statistics.stdev(values) / len(values) ** .5
-    return f"{statistics.mean(values):+.3f} ± {width:.3f}"
+    """Their mean and half the width of its 95 % interval."""
+    return f"{statistics.mean(values):+.3f} ± {half_width(values):.3f}"
 
 
 def main():

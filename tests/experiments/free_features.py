@@ -1,6 +1,6 @@
 """FALCON without a network: the features of n images are the parameters, two views of one are it plus a little noise.
 
-    python tests/experiments/free_features.py                           # a few minutes on one core: table and picture
+    python tests/experiments/free_features.py                           # three to six minutes on one core: table and picture
     python tests/experiments/free_features.py --rows 10000 --codes 65536 --batch 250 --steps 400 --lr .1 --features 64
 
 The theorem is about the optimum over all features, so this is where it can be held: the same loss, temperature and
@@ -95,7 +95,7 @@ def rows_of_the_table(n, f):
     for norm in ("l2", "tanh"):
         base = dict(n=n, codes=256, f=f, norm=norm, steps=3000)
         rows[f"{norm}, c = 256, beta 1 from the start"] = {**base, "rise": 0}
-        rows[f"{norm}, c = 256, beta .7 from the start"] = {**base, "rise": 0, "beta": .7}
+        rows[f"{norm}, c = 256, beta 0.7 from the start"] = {**base, "rise": 0, "beta": .7}
         rows[f"{norm}, c = 256, forward prior"] = {**base, "prior": "forward"}
         rows[f"{norm}, c = 256, from a collapsed start"] = {**base, "start": "collapsed"}
         rows[f"{norm}, c = 256, collapsed start, beta 1 at once"] = {**base, "start": "collapsed", "rise": 0}
@@ -105,9 +105,11 @@ def rows_of_the_table(n, f):
 
 
 def describe(name, found):
-    print(f"| {name} | {found['loss']:.3f} | {found['optimum']:.3f} | {found['distance']:.3f} | {found['codes']} "
-          f"| {found['dimensions']:.1f} | {found['off_diagonal']:.3f} | {1 / math.sqrt(found['codes']):.3f} "
-          f"| {found['cosine']:.3f} |", flush=True)
+    values = [found["loss"], found["optimum"], found["distance"], found["off_diagonal"], 1 / math.sqrt(found["codes"]),
+              found["cosine"]]
+    cells = [f"{round(value, 3) + 0:.3f}" for value in values]           # + 0: no -0.000
+    cells[3:3] = [f"{found['codes']}", f"{found['dimensions']:.1f}"]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def draw(found, n, f, path):

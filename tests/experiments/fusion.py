@@ -13,9 +13,8 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from batch_sizes import run
+from batch_sizes import half_width, interval, run, spread
 from matplotlib.figure import Figure
-from scipy import stats
 
 BASE = {"SimCLR": [], "VICReg": ["--loss", "vicreg"], "FALCON": ["--loss", "falcon"], "IConE": ["--loss", "icone"],
         **{f"SimCLR, batch {size}": ["--batch", str(size)] for size in (16, 256)}}
@@ -45,17 +44,6 @@ def numbers(job):
     if "with the module" in probes:
         found["with the module"] = probes["with the module"]["k-NN"]
     return found
-
-
-def spread(values, decimals=3):
-    """mean ± std."""
-    std = statistics.stdev(values) if len(values) > 1 else 0
-    return f"{statistics.mean(values):.{decimals}f} ± {std:.{decimals}f}"
-
-
-def interval(values):
-    """Half the width of the 95 % interval of their mean, by Student's t."""
-    return stats.t.ppf(.975, len(values) - 1) * statistics.stdev(values) / len(values) ** .5
 
 
 def main():
@@ -89,11 +77,20 @@ def main():
         if name == base:
             cells += [""] * 3
         else:
-            cells += [f"{statistics.mean(v):+.3f} ± {interval(v):.3f}" for v in differences[name].values()]
+            cells += [interval(values) for values in differences[name].values()]
             cells.append(f"{statistics.mean(line['with the module'] for line in own):.3f}")
             others[name] = statistics.mean(line["others"] for line in own)
         noise[name] = statistics.mean(line["noise_nt_xent"] / line["noise_exchanged"] for line in own)
         print(f"| {name} | {len(own)} | {' | '.join(cells)} |")
+    if {*MAIN} <= {*chosen}:
+        print("\n| less another | k-NN, 95 % |\n|---|---|")
+        for name in MAIN[2:]:
+            pairs = zip(differences["SimCLR + fusion"]["k-NN"], differences[name]["k-NN"])
+            print(f"| SimCLR + fusion less {name} | {interval([a - b for a, b in pairs])} |")
+        base, fused = ([results[name, seed]["course"] for seed in seeds[name]] for name in MAIN[:2])
+        over = [statistics.mean(after) - statistics.mean(before) for before, after in zip(zip(*base), zip(*fused))]
+        print(f"\n| part of the training, of {len(over)} | {' | '.join(str(k + 1) for k in range(len(over)))} |\n"
+              f"|---{'|---' * len(over)}|\n| fusion over SimCLR | {' | '.join(f'{value:+.3f}' for value in over)} |")
     for title, values in (("NT-Xent of noise over the same with partners exchanged", noise), ("others' part", others)):
         low, high = (pick(values, key=values.get) for pick in (min, max))
         print(f"{title}: from {values[low]:.2f} ({low}) to {values[high]:.2f} ({high})")
@@ -104,14 +101,14 @@ def main():
     for row, name in enumerate(fused):
         values = differences[name]["k-NN"]
         left.plot(values, [row] * len(values), ".", color="silver")
-        left.errorbar(statistics.mean(values), row, xerr=interval(values), fmt="o", color="C0", capsize=3)
+        left.errorbar(statistics.mean(values), row, xerr=half_width(values), fmt="o", color="C0", capsize=3)
     left.axvline(0, color="gray", lw=1)
     left.set(xlabel="k-NN accuracy over its base, same seed", yticks=range(len(fused)))
     left.set_yticklabels(fused, fontsize=8)
     left.invert_yaxis()
     for name in MAIN:
         if name in chosen:
-            courses = [results[name, seed]["course"] for seed in range(args.seeds)]
+            courses = [results[name, seed]["course"] for seed in seeds[name]]
             means = [statistics.mean(values) for values in zip(*courses)]
             right.plot([(k + 1) / len(means) for k in range(len(means))], means, "o-", ms=3, label=name)
     right.set(xlabel="part of the training", ylabel="k-NN accuracy, mean of the seeds")

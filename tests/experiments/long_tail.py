@@ -99,11 +99,17 @@ def main():
             print(f"| {ratio}, {size} | {row} | {cell} {'| ' * len(COLUMNS)}|")
         axis.set(title=f"R = {ratio}, batch {size}", xticks=range(3))
         axis.set_xticklabels(PARTS)
-    least, most = args.ratios[0], args.ratios[-1]
-    for size in args.batches if most > least else []:
-        changes = [f"{name} " + interval([results[seed, most, size, name]["k-NN"] - results[seed, least, size, name]["k-NN"]
-                                          for seed in seeds]) for name in METHODS]
-        print(f"k-NN from R = {least} to {most}, batch {size}, 95 %: {'; '.join(changes)}")
+    def knn(ratio, size, name):
+        """One number a seed."""
+        return [results[seed, ratio, size, name]["k-NN"] for seed in seeds]
+
+    first, last = args.ratios[0], args.ratios[-1]
+    print(f"\n| k-NN, 95 % | {' | '.join(f'batch {size}' for size in args.batches)} |\n|---{'|---' * len(args.batches)}|")
+    rows = {f"VICReg less SimCLR, R = {ratio}": ((ratio, "VICReg"), (ratio, "SimCLR")) for ratio in args.ratios}
+    rows |= {f"{name}, R = {last} less R = {first}": ((last, name), (first, name)) for name in METHODS}
+    for title, ((ratio, name), (other, its)) in rows.items():
+        apart = ([a - b for a, b in zip(knn(ratio, size, name), knn(other, size, its))] for size in args.batches)
+        print(f"| {title} | {' | '.join(map(interval, apart))} |")
     axes[0].set(ylabel="k-NN accuracy")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), fontsize=9)
     figure.savefig(args.out / "long_tail.png", dpi=110)

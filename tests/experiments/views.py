@@ -6,26 +6,22 @@
 Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/views.
 """
 import argparse
+import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from batch_sizes import run
+from batch_sizes import METHODS as COMPARED
+from batch_sizes import run, spread
 
-METHODS = {  # name in the table: script, its options
-    "VICReg": ("vicreg.py", []),
-    "SimCLR": ("ba_ssl.py", ["--no-fusion"]),
-    "IConE": ("icone.py", []),
-    "FALCON": ("falcon.py", [])}
+METHODS = {**COMPARED, "FALCON": ("falcon.py", [])}                    # name: script, its options
 VIEWS = ["crops", "poses"]
 COLUMNS = ["k-NN", "linear"]
 
 
-def spread(probes):
-    """One {column: accuracy} a seed -> the cells "mean ± std" of a row."""
-    columns = ([probe[column] for probe in probes] for column in COLUMNS)
-    cells = (f"{statistics.mean(column):.3f} ± {statistics.stdev(column):.3f}" for column in columns)
-    return " | ".join(cells)
+def cells(probes):
+    """One {column: accuracy} a seed -> the cells of a row."""
+    return " | ".join(spread([probe[column] for probe in probes]) for column in COLUMNS)
 
 
 def main():
@@ -33,7 +29,7 @@ def main():
     parser.add_argument("--epochs", default="5", help="of every run")
     parser.add_argument("--data", type=Path, default=Path("glyphs.npz"), help="colour images with labels")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--device", default="cpu", help="of every run")
     parser.add_argument("--out", type=Path, default=Path("runs", "views"))
     args = parser.parse_args()
@@ -53,13 +49,13 @@ def main():
     print(f"| method | views | {' | '.join(COLUMNS)} | RankMe of z |\n|---|---|{'---|' * len(COLUMNS)}---|")
     for row in ("raw pixels", "random encoder"):                         # are the same in all methods
         own = [reports["VICReg", "crops", seed]["probes"][row] for seed in range(args.seeds)]
-        print(f"| {row} | | {spread(own)} | |")
+        print(f"| {row} | | {cells(own)} | |")
     for name in METHODS:
         for views in VIEWS:
             own = [reports[name, views, seed] for seed in range(args.seeds)]
             panels = [report["panels"]["projector z"] for report in own]
             rank = f"{statistics.mean(panel['RankMe'] for panel in panels):.0f} of {panels[0]['width']:.0f}"
-            print(f"| {name} | {views} | {spread([report['probes']['trained encoder'] for report in own])} | {rank} |")
+            print(f"| {name} | {views} | {cells([report['probes']['trained encoder'] for report in own])} | {rank} |")
 
 
 if __name__ == "__main__":
