@@ -172,6 +172,7 @@ def collapse_panel(z, z1=None, z2=None):
 ONE_POINT = 1e-3           # 1 - mean cosine below this: all images in one direction
 VIEW_RATIO = 0.8           # above this an embedding says next to nothing of its image
 SHRUNK = 0.3               # raw std below this share of the untrained network's: training has shrunk it
+SHRUNK_VIEW_RATIO = 0.45   # VIEW_RATIO if it has
 
 
 def _too_thin(panel):
@@ -191,8 +192,8 @@ def _too_thin(panel):
 def verdict(panel, untrained=None):
     """One sentence from a collapse_panel: which collapse, by which criterion, its value and its bound.
 
-    COLLAPSED               all images at one point, or two views of an image as far apart as two images and
-                            the embeddings shrunk or on a line
+    COLLAPSED               all images at one point, or two views of an image about as far apart as two images
+                            and the embeddings shrunk (then half as far is enough) or on a line
     DIMENSIONAL COLLAPSE    embeddings know their images, but on a line or in few dimensions
     NOT SPREAD YET          as blind to its image as before training, but no narrower
     No collapse             none of these
@@ -210,14 +211,14 @@ def verdict(panel, untrained=None):
 
     thin = _too_thin(panel)
     seen = f"two views of an image are {ratio:.2f} times as far apart as two images"
+    share = panel["raw std"] / max(untrained["raw std"], 1e-30) if untrained else 1.
+    if share < SHRUNK and ratio > SHRUNK_VIEW_RATIO:
+        shrunk = f"raw std is {share:.2g} of the untrained network's (bound {SHRUNK})"
+        return f"COLLAPSED: {seen} (bound {SHRUNK_VIEW_RATIO}), and {shrunk}."
     if ratio > VIEW_RATIO:
         blind = f"{seen} (bound {VIEW_RATIO})"
         if untrained is None:
             return f"COLLAPSED, or not trained yet: {blind}."
-        share = panel["raw std"] / max(untrained["raw std"], 1e-30)
-        if share < SHRUNK:
-            shrunk = f"raw std is {share:.2g} of the untrained network's (bound {SHRUNK})"
-            return f"COLLAPSED: {blind}, and {shrunk}."
         if thin:
             return f"COLLAPSED: {blind}, and {thin}."
         return f"NOT SPREAD YET: {blind}, but no narrower than before training."
