@@ -27,7 +27,7 @@ def spoil(case, data, generator):
     """Training rows and images [n, C, *S] in [0, 1] of a case."""
     rows = thinned(data.labels, 100) if case == "thinned to 1 : 100" else torch.arange(len(data.images))
     x = vicreg.pixels(data.images, rows, "cpu").clamp(0, 1)
-    if case == "noise, std .3":
+    if case == "noise, std 0.3":
         x = (x + .3 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
     if case == "a quarter of the patches missing":                       # of 4 x 4
         grid = torch.rand(len(x), 1, *[side // 4 for side in x.shape[2:]], generator=generator)
@@ -35,7 +35,7 @@ def spoil(case, data, generator):
     return rows, x
 
 
-CASES = ["clean", "thinned to 1 : 100", "noise, std .3", "a quarter of the patches missing"]
+CASES = ["clean", "thinned to 1 : 100", "noise, std 0.3", "a quarter of the patches missing"]
 
 
 def main():
