@@ -80,14 +80,15 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(numbers, jobs.values())))
     titles = [name.replace("NMI", "NMI, of chance") for name in COLUMNS if name != "of chance"]
-    print(f"| run | seeds | {' | '.join(titles)} |\n{'|---' * (2 + len(titles))}|")
+    print(f"| codes | else | seeds | {' | '.join(titles)} |\n{'|---' * (3 + len(titles))}|")
     table = {}                                                           # {options: {column: one number a seed}}
     for name, seeds in chosen.items():
         own = table[name] = {column: [results[name, seed][column] for seed in range(seeds)] for column in COLUMNS}
         cells = {column: spread(own[column], decimals) if both else f"{statistics.mean(own[column]):.{decimals}f}"
                  for column, (_, decimals, both) in COLUMNS.items()}
         cells["NMI"] += ", " + cells.pop("of chance")
-        print(f"| `{name}` | {seeds} | {' | '.join(cells.values())} |")
+        _, codes, *others = name.split(maxsplit=2)                       # "--codes 64 --dictionary learned"
+        print(f"| {codes} | {f'`{others[0]}`' if others else ''} | {seeds} | {' | '.join(cells.values())} |")
     if not args.data:
         draw(table, out / "dictionary_sizes.png")
 
