@@ -10,7 +10,7 @@ views to agree; the prior wants all codes used. Images share codes only as far a
 W^T W / c goes to 1: with many codes embeddings fill all of R^f.
 
     python falcon.py                                    # posed digits
-    python falcon.py --codes 16384                      # more codes: less that can collapse
+    python falcon.py --codes 16384                      # more codes, for more images
     python falcon.py --prior none                       # collapse, and the meters that show it
     python falcon.py --recipe released                  # the authors' settings, for hours rather than minutes
 
