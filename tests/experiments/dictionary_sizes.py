@@ -27,7 +27,7 @@ ON_LETTERS = {**{f"--codes {size}": 3 for size in (64, 512, 4096, 65536)},
 COLUMNS = {  # name in the table: in meters.json or report.json, decimals, whether with its std
     "k-NN": ("k-NN", 3, True), "linear": ("linear", 3, True), "AMI": ("AMI", 2, False), "NMI": ("NMI", 2, False),
     "of chance": ("NMI of a random assignment", 2, False), "codes in use": ("codes", 0, False),
-    "dimensions": ("dimensions", 1, False), "off-diagonal": ("off_diagonal", 2, False)}
+    "dim.": ("dimensions", 1, False), "off-diagonal": ("off_diagonal", 2, False)}
 
 
 def numbers(job):
@@ -80,15 +80,15 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         results = dict(zip(jobs, pool.map(numbers, jobs.values())))
     titles = [name.replace("NMI", "NMI, of chance") for name in COLUMNS if name != "of chance"]
-    print(f"| codes | else | seeds | {' | '.join(titles)} |\n{'|---' * (3 + len(titles))}|")
+    print(f"| codes | else | {' | '.join(titles)} |\n{'|---' * (2 + len(titles))}|")
     table = {}                                                           # {options: {column: one number a seed}}
     for name, seeds in chosen.items():
         own = table[name] = {column: [results[name, seed][column] for seed in range(seeds)] for column in COLUMNS}
         cells = {column: spread(own[column], decimals) if both else f"{statistics.mean(own[column]):.{decimals}f}"
                  for column, (_, decimals, both) in COLUMNS.items()}
         cells["NMI"] += ", " + cells.pop("of chance")
-        _, codes, *others = name.split(maxsplit=2)                       # "--codes 64 --dictionary learned"
-        print(f"| {codes} | {f'`{others[0]}`' if others else ''} | {seeds} | {' | '.join(cells.values())} |")
+        codes, _, others = name[8:].partition(" --")                     # "--codes 64 --dictionary learned"
+        print(f"| {codes} | {others} | {' | '.join(cells.values())} |")
     if not args.data:
         draw(table, out / "dictionary_sizes.png")
 
