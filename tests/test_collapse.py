@@ -304,7 +304,7 @@ def test_what_training_has_shrunk_is_collapsed_though_views_are_not_wholly_apart
         z = scale * white(500, 64)
         return collapse_panel(z, *(z + noise * scale * white(500, 64, k) for k in (8, 9)))
 
-    untrained, half_seen, seen = embeddings(1, .8), embeddings(.08, .8), embeddings(.08, .4)
+    untrained, half_seen, seen = embeddings(1, 1.2), embeddings(.08, 1.2), embeddings(.08, .4)
     assert .5 < half_seen["view ratio"] < .8 and seen["view ratio"] < .3
     assert verdict(half_seen, untrained).startswith(ONE_POINT)
     assert "(bound 0.45)" in verdict(half_seen, untrained)
