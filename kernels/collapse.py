@@ -172,7 +172,7 @@ def collapse_panel(z, z1=None, z2=None):
 ONE_POINT = 1e-3           # 1 - mean cosine below this: all images in one direction
 VIEW_RATIO = 0.8           # above this an embedding says next to nothing of its image
 SHRUNK = 0.3               # raw std below this share of the untrained network's: training has shrunk it
-SHRUNK_VIEW_RATIO = 0.45   # VIEW_RATIO if it has
+SHRUNK_VIEW_RATIO = 0.45   # takes VIEW_RATIO's place where training has shrunk it
 
 
 def _too_thin(panel):
