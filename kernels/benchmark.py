@@ -334,25 +334,23 @@ def show(case, result, least):
 
 
 def report(tables, where):
-    """README's tables in Markdown: {kernel: (case, result, floor) rows}, a row for each of our forms."""
+    """README's tables in Markdown, of time and of memory: {kernel: (case, result, floor) rows}, a row for
+    each of our forms."""
     lines = [f"Measured on {where}."]
     for kernel, rows in tables.items():
-        lines += ["", f"**kernels/{kernel}.py**", ""]
-        lines += ["| case | textbook | released form | here | faster than: textbook | released "
-                  "| MiB: textbook | released | here | less than: textbook | released |",
-                  "|---" * 11 + "|"]
-        for case, result, _ in rows:
-            others = [result.get("textbook"), None if case.peer == "textbook" else result[case.peer]]
-            for name in sorted({"torch", "triton"} & result.keys()):
-                time_, memory = result[name]
-                times = [f"{other[0] * 1e3:.1f} ms" if other else "" for other in others]
-                times += [f"{time_ * 1e3:.1f} ms"]
-                times += [f"{other[0] / time_:.2f}x" if other else "" for other in others]
-                memories = [f"{other[1] / 2 ** 20:.1f}" if other else "" for other in others]
-                memories += [f"{memory / 2 ** 20:.1f}"]
-                memories += [f"{other[1] / max(memory, 1):.1f}x" if other else "" for other in others]
-                here = case.label + (f", {name}" if name != "torch" else "")
-                lines.append("| " + " | ".join([here, *times, *memories]) + " |")
+        lines += ["", f"**kernels/{kernel}.py**"]
+        for k, title, scale, unit, ratio, digits in ((0, "time", 1e3, " ms", "faster", 2),
+                                                     (1, "MiB", 2 ** -20, "", "less", 1)):
+            lines += ["", f"| case, {title} | textbook | released form | here "
+                          f"| {ratio} than textbook | than released |", "|---" * 6 + "|"]
+            for case, result, _ in rows:
+                others = [result.get("textbook"), None if case.peer == "textbook" else result[case.peer]]
+                for name in sorted({"torch", "triton"} & result.keys()):
+                    own = result[name]
+                    cells = [case.label + (f", {name}" if name != "torch" else "")]
+                    cells += [f"{form[k] * scale:.1f}{unit}" if form else "" for form in (*others, own)]
+                    cells += [f"{form[k] / (own[k] or 1):.{digits}f}x" if form else "" for form in others]
+                    lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

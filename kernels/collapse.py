@@ -192,8 +192,8 @@ def _too_thin(panel):
 def verdict(panel, untrained=None):
     """One sentence from a collapse_panel: which collapse, by which criterion, its value and its bound.
 
-    COLLAPSED               all images at one point, or two views of an image about as far apart as two images
-                            and the embeddings shrunk (then half as far is enough) or on a line
+    COLLAPSED               all images at one point; or a view ratio near 1 and embeddings on a line; or one
+                            near 1/2 and embeddings that training has shrunk
     DIMENSIONAL COLLAPSE    embeddings know their images, but on a line or in few dimensions
     NOT SPREAD YET          as blind to its image as before training, but no narrower
     No collapse             none of these
@@ -210,7 +210,7 @@ def verdict(panel, untrained=None):
         return f"COLLAPSED: all images point in one direction, {direction}."
 
     thin = _too_thin(panel)
-    seen = f"two views of an image are {ratio:.2f} times as far apart as two images"
+    seen = f"the squared distance of two views of an image is {ratio:.2f} of that of two images"
     share = panel["raw std"] / max(untrained["raw std"], 1e-30) if untrained else 1.
     if share < SHRUNK and ratio > SHRUNK_VIEW_RATIO:
         shrunk = f"raw std is {share:.2g} of the untrained network's (bound {SHRUNK})"

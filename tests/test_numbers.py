@@ -4,6 +4,7 @@ So must blocks of a command's output.
     python -m pytest -m slow tests/test_numbers.py                       # hours; experiments go on where they stopped, in runs/
     python -m tests.test_numbers WORD                                    # writes the tables whose command has WORD
 """
+import functools
 import math
 import re
 import shlex
@@ -24,11 +25,17 @@ def tables(text):
     return TABLE.findall(text.replace("\u00a0", " "))              # in tables "0.5 ± 0.1" does not break
 
 
-def printed(command, stated):
-    """The table with the header of the stated one, or the block with its first line, among what a command prints."""
+@functools.cache
+def output(command):
+    """The lines that it prints; a command with several tables in README runs once."""
     words = shlex.split(command)
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def printed(command, stated):
+    """The table with the header of the stated one, or the block with its first line, among what a command prints."""
+    lines = output(command)
     first, *rest = stated.splitlines()
     indent = "" if first.startswith("|") else "    "
     for start, line in enumerate(lines):

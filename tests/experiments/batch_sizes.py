@@ -3,7 +3,7 @@
     python tests/experiments/batch_sizes.py                              # five hours on 2 cores; goes on where it stopped
     python tests/experiments/batch_sizes.py --seeds 3 --sizes 4 16 64 256
     python tests/experiments/batch_sizes.py --seeds 3 --data digits3d --sizes 4 64 --epochs 20 --options width=8
-    python tests/experiments/batch_sizes.py --seeds 3 --data glyphs.npz --sizes 4 16 64 --epochs 5 --options width=8
+    python tests/experiments/batch_sizes.py --seeds 3 --data glyphs.npz --sizes 16 64 --epochs 5 --options width=8
 
 Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/batch-sizes.
 """
