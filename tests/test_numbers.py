@@ -22,7 +22,7 @@ NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 def tables(text):
     """[(command, table)] of a README."""
-    return TABLE.findall(text.replace("\u00a0", " "))              # in tables "0.5 ± 0.1" does not break
+    return TABLE.findall(text.replace("\u00a0", " "))              # in tables "0.5 ± 0.1" and "3 ms" do not break
 
 
 @functools.cache
@@ -107,4 +107,5 @@ if __name__ == "__main__":
         if sys.argv[1] in command:
             print(command)
             text = text.replace(table, printed(command, table))
-    README.write_text(re.sub(r"^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), text, flags=re.M))
+    text = re.sub(r"^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0").replace(" ms", "\u00a0ms"), text, flags=re.M)
+    README.write_text(text)
