@@ -6,7 +6,7 @@
 
 Each row is forward + backward in fp32: of variance + covariance at one size [N, D], of one loss of a batch
 [B, d] against a bank [N, d], or of FALCON's loss of two views [n, f] and c codes. Implementations take turns,
-so that a drift of the machine's speed meets all of them alike;
+for three seconds at least, so that a drift of the machine's speed meets all of them alike;
 medians are printed. Memory is the peak of what was allocated on top of the input, gradients included. The
 floor is the larger of operations / measured matmul rate and bytes / measured copy rate, both measured in the
 same run. An implementation that disagrees with float64 is not timed: the run stops with exit code 2.
@@ -281,9 +281,10 @@ def check(case):
 
 
 def measure(case, device, repeats):
-    """{implementation: (median seconds, peak bytes)}, the implementations in turn."""
+    """{implementation: (median seconds, peak bytes)}, the implementations in turn, for 3 seconds at least."""
     times = {name: [] for name in case.forms}
-    for _ in range(repeats):
+    start = time.perf_counter()
+    while len(times[case.peer]) < repeats or time.perf_counter() - start < 3:
         for name, form in case.forms.items():
             times[name].append(seconds(partial(step, form, case), device))
     result = {}
@@ -371,7 +372,8 @@ def parse():
                         help="N at least 100")
     parser.add_argument("--dictionary", nargs="+", metavar="nxcxf", type=partial(size, axes=3),
                         help="c at least 100")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts (default 5)")
+    parser.add_argument("--repeats", type=int, default=5,
+                        help="timed runs at least, more of short cases; the median counts (default 5)")
     parser.add_argument("--pictures", type=Path, help="folder for covariance.png, ...; not given: none")
     parser.add_argument("--report", type=Path, help="file for README's tables in Markdown; not given: none")
     here = "cuda" if torch.cuda.is_available() else "cpu"

@@ -148,7 +148,7 @@ def main():
     parser.add_argument("--batch", type=int, help="rows a step, all if not given")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of free_features.png")
+    parser.add_argument("--out", type=Path, default=Path("runs", "free-features"))
     args = parser.parse_args()
     print("| case | loss | optimum | distance | codes in use | dimensions | off-diagonal | 1 / sqrt(codes in use) | cosine |\n"
           + "|---" * 9 + "|")
@@ -168,6 +168,7 @@ def main():
     if args.codes:
         print(f"{time.monotonic() - start:.0f} s")
     else:
+        args.out.mkdir(parents=True, exist_ok=True)
         draw(found, args.rows, args.features, args.out / "free_features.png")
 
 
