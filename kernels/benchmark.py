@@ -280,11 +280,12 @@ def check(case):
                              f"textbook's is {reference:.1e}; not timed")
 
 
-def measure(case, device, repeats):
-    """{implementation: (median seconds, peak bytes)}, the implementations in turn, for 3 seconds at least."""
+def measure(case, device, repeats, least=0.):
+    """{implementation: (median seconds, peak bytes)}, the implementations in turn, for `least` seconds."""
     times = {name: [] for name in case.forms}
-    start = time.perf_counter()
-    while len(times[case.peer]) < repeats or time.perf_counter() - start < 3:
+    start, turns = time.perf_counter(), 0
+    while turns < repeats or time.perf_counter() - start < least:
+        turns += 1
         for name, form in case.forms.items():
             times[name].append(seconds(partial(step, form, case), device))
     result = {}
@@ -406,7 +407,7 @@ def main():
             if wrong:
                 print(*wrong.values(), sep="\n", file=sys.stderr)
                 sys.exit(2)
-            result = measure(case, args.device, args.repeats)
+            result = measure(case, args.device, args.repeats, least=3)
             least = max(case.operations / operations_rate, case.bytes / bytes_rate)
             show(case, result, least)
             rows.append((case._replace(inputs=None, forms=None), result, least))
