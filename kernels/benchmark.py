@@ -6,10 +6,10 @@
 
 Each row is forward + backward in fp32: of variance + covariance at one size [N, D], of one loss of a batch
 [B, d] against a bank [N, d], or of FALCON's loss of two views [n, f] and c codes. Implementations take turns,
-for three seconds at least, so that a drift of the machine's speed meets all of them alike;
-medians are printed. Memory is the peak of what was allocated on top of the input, gradients included. The
-floor is the larger of operations / measured matmul rate and bytes / measured copy rate, both measured in the
-same run. An implementation that disagrees with float64 is not timed: the run stops with exit code 2.
+for three seconds at least, so that a drift of the machine's speed meets all of them alike; medians are
+printed. Memory is the peak of what was allocated on top of the input, gradients included. The floor is the
+larger of operations / measured matmul rate and bytes / measured copy rate, both measured in the same run. An
+implementation that disagrees with float64 is not timed: the run stops with exit code 2.
 """
 import argparse
 import math
@@ -281,7 +281,8 @@ def check(case):
 
 
 def measure(case, device, repeats, least=0.):
-    """{implementation: (median seconds, peak bytes)}, the implementations in turn, for `least` seconds."""
+    """{implementation: (median seconds, peak bytes)}, the implementations in turn, for `least` seconds or
+    more."""
     times = {name: [] for name in case.forms}
     start, turns = time.perf_counter(), 0
     while turns < repeats or time.perf_counter() - start < least:
