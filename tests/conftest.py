@@ -37,6 +37,10 @@ def nan_poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-run", action="store_true", help="with -m slow: README's tables whole, in half a day")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes, not seconds; runs with -m slow")
 

@@ -2,6 +2,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,16 +99,26 @@ def test_shapes_that_do_not_fit_are_named(shapes, message):
         collapse_panel(*[torch.zeros(shape, dtype=torch.float64) for shape in shapes])
 
 
+LARGE = """
+import resource, time
+import torch
+from kernels import collapse_panel
+
+z = torch.randn(50_000, 512)
+start = time.time()
+panel = collapse_panel(z, z, z)
+print(time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, panel["RankMe"])
+"""
+
+
 @pytest.mark.slow
 def test_panel_of_50_000_by_512_within_a_minute_and_a_gigabyte():
-    import resource
-    import time
-    z = torch.randn(50_000, 512)
-    start = time.time()
-    panel = collapse_panel(z, z, z)
-    assert time.time() - start <= 60
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= 1_000_000       # kB
-    assert panel["RankMe"] > 500
+    """In a process of its own: a peak is that of a process's whole life."""
+    done = subprocess.run([sys.executable, "-c", LARGE], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, gigabytes, rankme = map(float, done.stdout.split())
+    assert seconds <= 60
+    assert gigabytes <= 1
+    assert rankme > 500
 
 
 # ---- The panel: known values -----------------------------------------------------------------------------------

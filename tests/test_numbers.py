@@ -1,15 +1,19 @@
 """README's tables, made again: each has its command in a comment above it, and must say what the command prints.
-So must blocks of a command's output.
+So must blocks of a command's output. Where it trains, one run is drawn at random and held to its row; or all are made.
 
-    python -m pytest -m slow tests/test_numbers.py                       # hours; experiments go on where they stopped, in runs/
+    python -m pytest -m slow tests/test_numbers.py                       # less than an hour
+    python -m pytest -m slow tests/test_numbers.py --every-run           # half a day; goes on where it stopped, in runs/
     python -m tests.test_numbers WORD                                    # writes the tables whose command has WORD
 """
 import functools
+import itertools
 import math
+import os
 import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TABLE = re.compile(r"^<!-- (python .+?) -->\n\n?((?:\|.*\n)+|(?:    .*\n)+)", re.M)
 NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
+TRAINS = re.compile("tests/experiments/(?!free_features)")
+NAMES = {"run", "method", "batch", "codes", "else", "views", "R, batch", "training images", "raw: k-NN"}   # of rows
 
 
 def tables(text):
@@ -33,9 +39,8 @@ def output(command):
     return done.stdout.splitlines()
 
 
-def printed(command, stated):
-    """The table with the header of the stated one, or the block with its first line, among what a command prints."""
-    lines = output(command)
+def printed(lines, stated):
+    """The table with the header of the stated one, or the block with its first line, among lines; None if there is none."""
     first, *rest = stated.splitlines()
     indent = "" if first.startswith("|") else "    "
     for start, line in enumerate(lines):
@@ -46,7 +51,7 @@ def printed(command, stated):
             while not indent and end < len(lines) and lines[end].startswith("|"):
                 end += 1
             return "".join(f"{indent}{line}\n" for line in lines[start:end])
-    raise AssertionError(f"{command} does not print {first}")
+    return None
 
 
 def cells(row):
@@ -57,13 +62,17 @@ def cells(row):
 
 
 def agree(stated, found):
-    """Whether two cells say the same: text to the letter; means within three stds of both, .02 at least; times and
-    their ratios, which are another machine's, within a factor of 2; other numbers within .02 or three tenths."""
+    """Whether two cells say the same: text to the letter; means within three stds of both, .02 at least, and so one run
+    within three stds of the mean; times and their ratios, which are another machine's, within a factor of 2; other
+    numbers within .02 or three tenths."""
+    if "±" in stated and "±" not in found:
+        found += " ± 0"
     if NUMBER.sub("", stated) != NUMBER.sub("", found):
         return False
     ours, theirs = ([float(number.replace(",", "")) for number in NUMBER.findall(cell)] for cell in (stated, found))
     if "±" in stated:
-        return abs(ours[0] - theirs[0]) <= max(.02, 3 * math.hypot(ours[1], theirs[1]))
+        rounding = 10. ** -len(stated.split(" ")[0].partition(".")[2])
+        return abs(ours[0] - theirs[0]) <= max(.02, rounding + 3 * math.hypot(ours[1], theirs[1]))
     share = .5 if stated.endswith((" s", "ms", "x")) else .3
     return all(abs(a - b) <= max(.02, share * max(abs(a), abs(b))) for a, b in zip(ours, theirs))
 
@@ -81,6 +90,29 @@ def differences(stated, found):
     return wrong
 
 
+def rows(table):
+    """{first cells, which name it: {column: cell}} of a table."""
+    header, _, *lines = map(cells, table.splitlines())
+    count = len([*itertools.takewhile(NAMES.__contains__, header)])
+    return {tuple(line[:count]): dict(zip(header, line)) for line in lines}
+
+
+def differences_of_drawn(stated, found):
+    """As differences(), of the rows that `found` has. Where a row states spreads they are what one run is held to, and of
+    cells without one the words."""
+    wrong = []
+    for name, its in rows(found).items():
+        mine = rows(stated).get(name)
+        if not mine:
+            wrong.append(f"README has no row {', '.join(name)}")
+            continue
+        for column, cell in its.items():
+            held = "±" in mine[column] or "±" not in "".join(mine.values())
+            if cell and not (agree(mine[column], cell) if held else NUMBER.sub("", mine[column]) == NUMBER.sub("", cell)):
+                wrong.append(f"{', '.join(name)}, {column}: README has {mine[column]}, one run {cell}")
+    return wrong
+
+
 def test_tables_that_differ_beyond_their_spread_are_told_apart():
     table = "| a | k-NN | s |\n|---|---|---|\n| x, `--y 3` | 0.900 ± 0.010 | 10 |\n"
     assert agree("10.0 ms", "18.0 ms") and not agree("10.0 ms", "21.0 ms") and not agree("1.9x", "0.9x")
@@ -89,15 +121,52 @@ def test_tables_that_differ_beyond_their_spread_are_told_apart():
     assert len(differences(table, table.replace(" 10 ", " 15 "))) == 1
     assert len(differences(table, table.replace("x,", "z,"))) == 1
     assert len(differences(table, table + "| more | 1 | 1 |\n")) == 1
+    assert agree("0.900 ± 0.010", "0.925") and not agree("0.900 ± 0.010", "0.945")
+    assert agree("16 ± 0", "17") and not agree("16 ± 0", "18")
     block = "    what       theory    apart\n    a rate     0.25      1e-13\n"
     assert not differences(block, block.replace("1e-13", "4e-13").replace("0.25", "0.26"))
     assert len(differences(block, block.replace("1e-13", "0.13"))) == 1
 
 
+def test_a_drawn_run_is_held_to_its_row():
+    table = ("| run | seeds | k-NN | AMI | verdict |\n|---|---|---|---|---|\n| a | 3 | 0.900 ± 0.010 | 0.50 | healthy 3 of 3 |\n"
+             "| b | 1 | 0.800 | 0.50 | healthy 1 of 1 |\n")
+    header = table[:table.index("| a")]
+    assert not differences_of_drawn(table, header + "| a | 1 | 0.910 | 0.90 | healthy 1 of 1 |\n")
+    assert len(differences_of_drawn(table, header + "| a | 1 | 0.960 | 0.50 | collapsed 1 of 1 |\n")) == 2
+    assert not differences_of_drawn(table, header + "| b | 1 | 0.800 | 0.51 | healthy 1 of 1 |\n")
+    assert len(differences_of_drawn(table, header + "| b | 1 | 0.500 | 0.90 | healthy 1 of 1 |\n")) == 2
+
+
+@pytest.fixture(scope="session")
+def lines_of(request, tmp_path_factory):
+    """Function command -> lines that it prints. All that train are run at the start, a core each."""
+    chosen = {item.callspec.params["command"] for item in request.session.items
+              if item.path == Path(__file__) and hasattr(item, "callspec")}
+    trained = [command for command in chosen if TRAINS.search(command)]
+    if not (ROOT / "glyphs.npz").exists() and any("glyphs" in command or "views" in command or "long_tail" in command
+                                                  for command in trained):
+        output("python tests/experiments/glyphs.py --out glyphs.npz")
+    if request.config.getoption("every_run"):
+        return output
+    folder = tmp_path_factory.mktemp("drawn")
+    drawn = {command: f"{command} --draw 1 --jobs 1 --out {folder / str(k)}" for k, command in enumerate(trained)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for command in trained:
+            if "cost.py" not in command:                                 # which takes times
+                pool.submit(output, drawn[command])                      # is cached, or fails again in its test
+    return lambda command: output(drawn.get(command, command))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command, table", tables(README.read_text()))
-def test_readme_states_what_the_command_prints(command, table):
-    wrong = differences(table, printed(command, table))
+def test_readme_states_what_the_command_prints(command, table, lines_of, request):
+    found = printed(lines_of(command), table)
+    drawn = TRAINS.search(command) and not request.config.getoption("every_run")
+    if drawn and found is None:
+        pytest.skip("compares runs with each other: --every-run")
+    assert found, f"{command} does not print it"
+    wrong = (differences_of_drawn if drawn else differences)(table, found)
     assert not wrong, "\n".join(wrong)
 
 
@@ -106,6 +175,6 @@ if __name__ == "__main__":
     for command, table in tables(text):
         if sys.argv[1] in command:
             print(command)
-            text = text.replace(table, printed(command, table))
+            text = text.replace(table, printed(output(command), table))
     text = re.sub(r"^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0").replace(" ms", "\u00a0ms"), text, flags=re.M)
     README.write_text(text)

@@ -5,12 +5,9 @@
 Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/ablations.
 """
 import argparse
-import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from batch_sizes import run, spread
+from batch_sizes import make, of, options_of_all, run, spread
 
 RUNS = {  # script and its options: seeds
     "vicreg.py": 3, "vicreg.py --variance 0": 3, "vicreg.py --covariance 0": 3,
@@ -24,30 +21,27 @@ RUNS = {  # script and its options: seeds
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs", "ablations"))
-    args = parser.parse_args()
+    args = options_of_all(parser, "ablations")
     jobs = {}
-    for seed in range(3):                                                # whole tables of a seed first
-        for name, seeds in RUNS.items():
-            if seed < seeds:
-                script, *options = name.split()
-                jobs[name, seed] = (args.out / f"{name} {seed}").resolve(), script, [*options, "--seed", str(seed)]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        reports = dict(zip(jobs, pool.map(lambda job: run(*job), jobs.values())))
+    for name, seeds in RUNS.items():
+        for seed in range(seeds):
+            script, *options = name.split()
+            jobs[name, seed] = (args.out / f"{name} {seed}").resolve(), script, [*options, "--seed", str(seed)]
+    reports = make(jobs, lambda job: run(*job), args)
     print(f"| run | seeds | k-NN | linear | raw std of z | RankMe of z | verdict |\n{'|---' * 7}|")
     for row in ("raw pixels", "random encoder"):
-        probes = [reports["vicreg.py", seed]["probes"][row] for seed in range(3)]
-        cells = [spread([probe[column] for probe in probes], 3) for column in ("k-NN", "linear")]
-        print(f"| {row} | 3 | {' | '.join(cells)} | | | |")
-    for name, seeds in RUNS.items():
-        own = [reports[name, seed] for seed in range(seeds)]
-        cells = [spread([report["probes"]["trained encoder"][column] for report in own], 3) for column in ("k-NN", "linear")]
+        if probes := [report["probes"][row] for report in of(reports, "vicreg.py")]:
+            cells = [spread([probe[column] for probe in probes]) for column in ("k-NN", "linear")]
+            print(f"| {row} | {len(probes)} | {' | '.join(cells)} | | | |")
+    for name in RUNS:
+        if not (own := of(reports, name)):
+            continue
+        cells = [spread([report["probes"]["trained encoder"][column] for report in own]) for column in ("k-NN", "linear")]
         cells += [spread([report["panels"]["projector z"][column] for report in own], decimals)
                   for column, decimals in (("raw std", 3), ("RankMe", 0))]
         verdicts = Counter(report["verdict"].split(":")[0].split(",")[0].lower() for report in own)
-        cells.append(", ".join(f"{verdict} {count} of {seeds}" for verdict, count in verdicts.items()))
-        print(f"| `{name}` | {seeds} | {' | '.join(cells)} |")
+        cells.append(", ".join(f"{verdict} {count} of {len(own)}" for verdict, count in verdicts.items()))
+        print(f"| `{name}` | {len(own)} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time,
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -35,6 +36,32 @@ def run(folder, script, options):
     return json.loads((folder / "report.json").read_text())
 
 
+def options_of_all(parser, folder):
+    """The options that every experiment has."""
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--draw", type=int, help="make so many runs, drawn at random, and print their rows alone")
+    parser.add_argument("--out", type=Path, default=Path("runs", folder))
+    return parser.parse_args()
+
+
+def make(jobs, numbers, args):
+    """{key: numbers(job)}; the last part of a key is the seed, and whole tables of a seed come first."""
+    keys = random.sample([*jobs], args.draw) if args.draw else sorted(jobs, key=lambda key: key[-1])
+    with ThreadPoolExecutor(args.jobs) as pool:
+        return dict(zip(keys, pool.map(lambda key: numbers(jobs[key]), keys)))
+
+
+def of(results, *row):
+    """Those of a row, in order of their seeds."""
+    return [value for key, value in results.items() if key[:-1] == row]
+
+
+def apart(results, row, other, value):
+    """value(result) of a row less that of another row, for each seed that both have."""
+    return [value(results[*row, seed]) - value(results[*other, seed])
+            for *key, seed in results if key == [*row] and (*other, seed) in results]
+
+
 def numbers(report):
     """One run's numbers in the order of COLUMNS."""
     panel = report["panels"]["projector z"]
@@ -54,8 +81,8 @@ def half_width(values):
 
 
 def interval(values):
-    """Their mean and half the width of its 95 % interval."""
-    return f"{statistics.mean(values):+.3f} ± {half_width(values):.3f}"
+    """Their mean and half the width of its 95 % interval; nothing for fewer than two."""
+    return "" if len(values) < 2 else f"{statistics.mean(values):+.3f} ± {half_width(values):.3f}"
 
 
 def main():
@@ -65,40 +92,39 @@ def main():
     parser.add_argument("--options", nargs="*", default=[], help="of all runs, without their dashes: width=8")
     parser.add_argument("--epochs", default="64", help="of every run")
     parser.add_argument("--seeds", type=int, default=5, help="at least 2")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs", "batch-sizes"))
-    args = parser.parse_args()
+    args = options_of_all(parser, "batch-sizes")
     out = args.out / Path(args.data).stem
     out.mkdir(parents=True, exist_ok=True)
     common = ["--data", args.data, "--epochs", args.epochs, *(f"--{option}" for option in args.options)]
     taken = {name: [size for size in args.sizes if size > 1 or name == "IConE"] for name in METHODS}
     jobs = {}
-    for seed in range(args.seeds):                                       # whole tables of a seed first
+    for seed in range(args.seeds):
         for name, (script, options) in METHODS.items():
             for size in taken[name]:
                 folder = out / f"{name} {size} {args.epochs} {seed}"
                 jobs[name, size, seed] = folder.resolve(), script, [
                     *options, *common, "--batch", str(size), "--seed", str(seed)]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        reports = dict(zip(jobs, pool.map(lambda job: run(*job), jobs.values())))
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(COLUMNS))
+    reports = make(jobs, lambda job: run(*job), args)
     print(f"| method | batch | {' | '.join(COLUMNS)} | IConE over it, k-NN, 95 % |\n{'|---' * (3 + len(COLUMNS))}|")
     for row in ("raw pixels", "random encoder"):                         # the same in all methods
-        probes = [reports["IConE", args.sizes[0], seed]["probes"][row] for seed in range(args.seeds)]
-        print(f"| {row} | | {' | '.join(spread([probe[c] for probe in probes]) for c in COLUMNS[:2])} | | | |")
+        if probes := [report["probes"][row] for report in of(reports, "IConE", args.sizes[0])]:
+            print(f"| {row} | | {' | '.join(spread([probe[c] for probe in probes]) for c in COLUMNS[:2])} | | | |")
+    table = {}                                                           # {name, size: [columns] of a number a seed}
     for name, sizes in taken.items():
-        table = []                                                       # [sizes][columns] of (mean, std)
         for size in sizes:
-            columns = [*zip(*(numbers(reports[name, size, seed]) for seed in range(args.seeds)))]
-            table.append([(statistics.mean(column), statistics.stdev(column)) for column in columns])
-            cells = [spread(column, 3 if k < 2 else 1) for k, column in enumerate(columns)]
-            apart = [reports["IConE", size, seed]["probes"]["trained encoder"]["k-NN"] - value
-                     for seed, value in enumerate(columns[0])]
-            cells.append(interval(apart) if name != "IConE" else "")
-            print(f"| {name} | {size} | {' | '.join(cells)} |")
-        for axis, column in zip(axes, zip(*table)):
-            means, stds = zip(*column)
+            if own := of(reports, name, size):
+                table[name, size] = [*zip(*map(numbers, own))]
+                cells = [spread(column, 3 if k < 2 else 1) for k, column in enumerate(table[name, size])]
+                over = apart(reports, ("IConE", size), (name, size), lambda report: numbers(report)[0])
+                cells.append(interval(over) if name != "IConE" else "")
+                print(f"| {name} | {size} | {' | '.join(cells)} |")
+    if args.draw:
+        return
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(COLUMNS))
+    for name, sizes in taken.items():
+        for axis, columns in zip(axes, zip(*(table[name, size] for size in sizes))):
+            means, stds = ([part(column) for column in columns] for part in (statistics.mean, statistics.stdev))
             axis.errorbar(sizes, means, stds, fmt="o-" if len(sizes) > 1 else "s", capsize=3, label=name)
     for axis, label in zip(axes, COLUMNS):
         axis.set_xscale("log", base=2)

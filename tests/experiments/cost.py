@@ -10,12 +10,11 @@ import json
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from batch_sizes import METHODS, run
+from batch_sizes import METHODS, make, of, options_of_all, run, spread
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import ba_ssl
@@ -43,8 +42,9 @@ def step_of(name, data, batch):
     return step
 
 
-def epochs_to(folder, accuracy):
-    """Epochs at which the logged k-NN accuracy passes this one, a straight line between; nan if it never does."""
+def epochs_to(accuracy, folder, script, options):
+    """Epochs at which a run's logged k-NN accuracy passes this one, a straight line between; nan if it never does."""
+    run(folder, script, options)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs, knn = zip(*((line["epoch"], line["knn"]) for line in lines if "knn" in line))
     above = next((k for k, value in enumerate(knn) if value >= accuracy), None)
@@ -58,8 +58,15 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 256])
     parser.add_argument("--accuracy", type=float, default=.8, help="k-NN, to be reached")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
-    parser.add_argument("--out", type=Path, default=Path("runs", "batch-sizes", "digits"), help="batch_sizes.py's")
-    args = parser.parse_args()
+    args = options_of_all(parser, "batch-sizes/digits")
+    jobs = {}
+    for batch in args.batches:
+        for name in MODELS:
+            script, options = METHODS[name]
+            for seed in range(args.seeds):
+                own = [*options, "--data", "digits", "--epochs", "64", "--batch", str(batch), "--seed", str(seed)]
+                jobs[batch, name, seed] = (args.out / f"{name} {batch} 64 {seed}").resolve(), script, own
+    found = make(jobs, lambda job: epochs_to(args.accuracy, *job), args)
     data = vicreg.load_data("digits")
     print(f"| batch | method | a step | MiB a step | epochs to {args.accuracy} | time to it |\n{'|---' * 6}|")
     for batch in args.batches:
@@ -71,17 +78,12 @@ def main():
                 step()
                 times[name].append(time.perf_counter() - start)
         for name, step in steps.items():
-            script, options = METHODS[name]
-            epochs = []
-            for seed in range(args.seeds):
-                folder = args.out / f"{name} {batch} 64 {seed}"
-                own = [*options, "--data", "digits", "--epochs", "64", "--batch", str(batch), "--seed", str(seed)]
-                run(folder.resolve(), script, own)
-                epochs.append(epochs_to(folder, args.accuracy))
+            if not (epochs := of(found, batch, name)):
+                continue
             own_time = statistics.median(times[name])
             seconds = own_time * statistics.mean(epochs) * (len(data.images) // batch)
             cells = [f"{own_time * 1e3:.1f} ms", f"{peak_memory(step) / 2 ** 20:.0f}",
-                     f"{statistics.mean(epochs):.1f} ± {statistics.stdev(epochs):.1f}", f"{seconds:.0f} s"]
+                     spread(epochs, 1), f"{seconds:.0f} s"]
             print(f"| {batch} | {name} | {' | '.join(cells)} |")
 
 

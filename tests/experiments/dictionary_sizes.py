@@ -7,12 +7,10 @@ Runs falcon.py as a user does, on the CPU, one thread a run, `jobs` at a time, i
 """
 import argparse
 import json
-import os
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from batch_sizes import run, spread
+from batch_sizes import make, of, options_of_all, run, spread
 from matplotlib.figure import Figure
 
 SIZES = [16, 64, 256, 1024, 2048, 4096, 16384]                          # 4096 is the default
@@ -68,28 +66,27 @@ def draw(table, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="letters of glyphs.py, in place of digits")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs", "dictionary-sizes"))
-    args = parser.parse_args()
+    args = options_of_all(parser, "dictionary-sizes")
     chosen, out, common = RUNS, args.out, []
     if args.data:
         chosen, out = ON_LETTERS, args.out / args.data.stem
         common = ["--data", str(args.data.resolve()), "--batch", "32", "--width", "8", "--epochs", "5"]
     jobs = {(name, seed): ((out / f"{name[2:]} {seed}").resolve(), [*name.split(), *common, "--seed", str(seed)])
-            for seed in range(3) for name, seeds in chosen.items() if seed < seeds}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(jobs, pool.map(numbers, jobs.values())))
+            for name, seeds in chosen.items() for seed in range(seeds)}
+    results = make(jobs, numbers, args)
     titles = [name.replace("NMI", "NMI, of chance") for name in COLUMNS if name != "of chance"]
     print(f"| codes | else | {' | '.join(titles)} |\n{'|---' * (2 + len(titles))}|")
     table = {}                                                           # {options: {column: one number a seed}}
-    for name, seeds in chosen.items():
-        own = table[name] = {column: [results[name, seed][column] for seed in range(seeds)] for column in COLUMNS}
+    for name in chosen:
+        if not (lines := of(results, name)):
+            continue
+        own = table[name] = {column: [line[column] for line in lines] for column in COLUMNS}
         cells = {column: spread(own[column], decimals) if both else f"{statistics.mean(own[column]):.{decimals}f}"
                  for column, (_, decimals, both) in COLUMNS.items()}
         cells["NMI"] += ", " + cells.pop("of chance")
         codes, _, others = name[8:].partition(" --")                     # "--codes 64 --dictionary learned"
         print(f"| {codes} | {others} | {' | '.join(cells.values())} |")
-    if not args.data:
+    if not args.data and not args.draw:
         draw(table, out / "dictionary_sizes.png")
 
 

@@ -8,12 +8,11 @@ Runs ba_ssl.py as a user does, on the CPU, one thread a run, `jobs` at a time, i
 """
 import argparse
 import json
-import os
 import statistics
-from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 
-from batch_sizes import half_width, interval, run, spread
+from batch_sizes import apart, half_width, interval, make, of, options_of_all, run, spread
 from matplotlib.figure import Figure
 
 BASE = {"SimCLR": [], "VICReg": ["--loss", "vicreg"], "FALCON": ["--loss", "falcon"], "IConE": ["--loss", "icone"],
@@ -53,26 +52,24 @@ def main():
     parser.add_argument("--only", nargs="*", default=[*RUNS], help="runs by name, each with its base before it")
     parser.add_argument("--data", help="as of ba_ssl.py")
     parser.add_argument("--options", nargs="*", default=[], help="of all runs, without their dashes: epochs=20")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs", "fusion"))
-    args = parser.parse_args()
+    args = options_of_all(parser, "fusion")
     common = [f"--{option}" for option in args.options] + (["--data", args.data] if args.data else [])
     chosen = {name: job for name, job in RUNS.items() if name in args.only}
     out = args.out / Path(args.data).stem if args.data else args.out
     out.mkdir(parents=True, exist_ok=True)
     seeds = {name: range(args.seeds if name in MAIN else args.more_seeds) for name in chosen}
     jobs = {(name, seed): ((out / f"{name} {seed}").resolve(), [*options, *common, "--seed", str(seed)])
-            for seed in range(args.seeds) for name, (_, options) in chosen.items() if seed in seeds[name]}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(jobs, pool.map(numbers, jobs.values())))
+            for name, (_, options) in chosen.items() for seed in seeds[name]}
+    results = make(jobs, numbers, args)
 
     print("| run | seeds | k-NN | linear | k-NN over its base, 95 % | linear over its base, 95 % | with the module |\n"
           + "|---" * 7 + "|")
     differences = {}                                                     # {run: {probe: one number a seed}}
     noise, others = {}, {}
     for name, (base, _) in chosen.items():
-        own, its = ([results[run, seed] for seed in seeds[name]] for run in (name, base))
-        differences[name] = {probe: [a[probe] - b[probe] for a, b in zip(own, its)] for probe in ("k-NN", "linear")}
+        if not (own := of(results, name)):
+            continue
+        differences[name] = {probe: apart(results, (name,), (base,), itemgetter(probe)) for probe in ("k-NN", "linear")}
         cells = [spread([line[probe] for line in own]) for probe in ("k-NN", "linear")]
         if name == base:
             cells += [""] * 3
@@ -82,12 +79,14 @@ def main():
             others[name] = statistics.mean(line["others"] for line in own)
         noise[name] = statistics.mean(line["noise_nt_xent"] / line["noise_exchanged"] for line in own)
         print(f"| {name} | {len(own)} | {' | '.join(cells)} |")
+    if args.draw:
+        return
     if {*MAIN} <= {*chosen}:
         print("\n| less another | k-NN, 95 % |\n|---|---|")
         for name in MAIN[2:]:
-            pairs = zip(differences["SimCLR + fusion"]["k-NN"], differences[name]["k-NN"])
-            print(f"| SimCLR + fusion less {name} | {interval([a - b for a, b in pairs])} |")
-        base, fused = ([results[name, seed]["course"] for seed in seeds[name]] for name in MAIN[:2])
+            over = apart(results, ("SimCLR + fusion",), (name,), itemgetter("k-NN"))
+            print(f"| SimCLR + fusion less {name} | {interval(over)} |")
+        base, fused = ([line["course"] for line in of(results, name)] for name in MAIN[:2])
         over = [statistics.mean(after) - statistics.mean(before) for before, after in zip(zip(*base), zip(*fused))]
         print(f"\n| part of the training, of {len(over)} | {' | '.join(str(k + 1) for k in range(len(over)))} |\n"
               f"|---{'|---' * len(over)}|\n| fusion over SimCLR | {' | '.join(f'{value:+.3f}' for value in over)} |")
@@ -108,7 +107,7 @@ def main():
     left.invert_yaxis()
     for name in MAIN:
         if name in chosen:
-            courses = [results[name, seed]["course"] for seed in seeds[name]]
+            courses = [line["course"] for line in of(results, name)]
             means = [statistics.mean(values) for values in zip(*courses)]
             right.plot([(k + 1) / len(means) for k in range(len(means))], means, "o-", ms=3, label=name)
     right.set(xlabel="part of the training", ylabel="k-NN accuracy, mean of the seeds")

@@ -8,15 +8,13 @@ thirds of the classes. Every run sees as many images. Runs the scripts as a user
 `jobs` at a time, into runs/long-tail.
 """
 import argparse
-import os
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from batch_sizes import interval, run
+from batch_sizes import apart, interval, make, of, options_of_all, run, spread
 from imbalanced import channels_last, thinned
 from matplotlib.figure import Figure
 
@@ -55,9 +53,7 @@ def main():
     parser.add_argument("--seen", type=int, default=80_000, help="images, by every run")
     parser.add_argument("--options", nargs="*", default=["width=8"], help="of all runs, without their dashes")
     parser.add_argument("--seeds", type=int, default=5, help="at least 2")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs", "long-tail"))
-    args = parser.parse_args()
+    args = options_of_all(parser, "long-tail")
     args.out.mkdir(parents=True, exist_ok=True)
     data = vicreg.load_data(args.data)
     common = [f"--{option}" for option in args.options]
@@ -72,43 +68,42 @@ def main():
             for name, (script, options) in METHODS.items():
                 for seed in range(args.seeds):
                     folder = (args.out / f"{name} {ratio} {size} {seed}").resolve()
-                    jobs[seed, ratio, size, name] = folder, script, [
+                    jobs[ratio, size, name, seed] = folder, script, [
                         *options, *common, "--data", str(file), "--batch", str(size), "--epochs", epochs, "--seed", str(seed)]
-    jobs = dict(sorted(jobs.items(), key=lambda job: job[0][0]))         # whole tables of a seed first
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(jobs, pool.map(numbers, jobs.values())))
-
-    seeds = range(args.seeds)
+    results = make(jobs, numbers, args)
     print(f"| R, batch | method | {' | '.join(COLUMNS)} |\n{'|---' * (2 + len(COLUMNS))}|")
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(args.ratios) * len(args.batches), sharey=True, squeeze=False)[0]
-    for axis, (ratio, size) in zip(axes, [(ratio, size) for ratio in args.ratios for size in args.batches]):
-        for k, name in enumerate(METHODS):
-            own = [results[seed, ratio, size, name] for seed in seeds]
-            means = {column: statistics.mean(line[column] for line in own) for column in COLUMNS}
-            stds = {column: statistics.stdev(line[column] for line in own) for column in COLUMNS}
-            cells = [f"{mean:.{COLUMNS[column]}f}" for column, mean in means.items()]
-            cells[0] += f" ± {stds['k-NN']:.3f}"
-            print(f"| {ratio}, {size} | {name} | {' | '.join(cells)} |")
-            axis.bar([x + .27 * (k - 1) for x in range(3)], [means[part] for part in PARTS], .25,
-                     yerr=[stds[part] for part in PARTS], capsize=2, label=name)
-        random = [line["random"] for line in own]
-        for row, cell in (("raw pixels", f"{own[0]['raw']:.3f}"), ("random encoder", f"{statistics.mean(random):.3f}")):
-            print(f"| {ratio}, {size} | {row} | {cell} {'| ' * (len(COLUMNS) - 1)}|")
-        axis.set(title=f"R = {ratio}, batch {size}", xticks=range(3))
-        axis.set_xticklabels(PARTS)
-    def knn(ratio, size, name):
-        """One number a seed."""
-        return [results[seed, ratio, size, name]["k-NN"] for seed in seeds]
-
+    shown = [(ratio, size) for ratio in args.ratios for size in args.batches]
+    for ratio, size in shown:
+        for name in METHODS:
+            if own := of(results, ratio, size, name):
+                columns = {column: [line[column] for line in own] for column in COLUMNS}
+                cells = [f"{statistics.mean(column):.{COLUMNS[name]}f}" for name, column in columns.items()]
+                cells[0] = spread(columns["k-NN"])
+                print(f"| {ratio}, {size} | {name} | {' | '.join(cells)} |")
+        for row, of_row in (("raw pixels", "raw"), ("random encoder", "random")):
+            if own := of(results, ratio, size, "SimCLR"):
+                print(f"| {ratio}, {size} | {row} | {statistics.mean(line[of_row] for line in own):.3f} "
+                      f"{'| ' * (len(COLUMNS) - 1)}|")
+    if args.draw:
+        return
     first, last = args.ratios[0], args.ratios[-1]
     print(f"\n| k-NN, 95 % | {' | '.join(f'batch {size}' for size in args.batches)} |\n|---{'|---' * len(args.batches)}|")
     rows = {f"{a} less {b}, R = {ratio}": ((ratio, a), (ratio, b))
             for a, b in (("IConE", "VICReg"), ("IConE", "SimCLR"), ("VICReg", "SimCLR")) for ratio in args.ratios}
     rows |= {f"{name}, R = {last} less R = {first}": ((last, name), (first, name)) for name in METHODS}
     for title, ((ratio, name), (other, its)) in rows.items():
-        apart = ([a - b for a, b in zip(knn(ratio, size, name), knn(other, size, its))] for size in args.batches)
-        print(f"| {title} | {' | '.join(map(interval, apart))} |")
+        over = (apart(results, (ratio, size, name), (other, size, its), lambda line: line["k-NN"]) for size in args.batches)
+        print(f"| {title} | {' | '.join(map(interval, over))} |")
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axis, (ratio, size) in zip(axes, shown):
+        for k, name in enumerate(METHODS):
+            parts = [[line[part] for line in of(results, ratio, size, name)] for part in PARTS]
+            axis.bar([x + .27 * (k - 1) for x in range(3)], [*map(statistics.mean, parts)], .25,
+                     yerr=[*map(statistics.stdev, parts)], capsize=2, label=name)
+        axis.set(title=f"R = {ratio}, batch {size}", xticks=range(3))
+        axis.set_xticklabels(PARTS)
     axes[0].set(ylabel="k-NN accuracy")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), fontsize=9)
     figure.savefig(args.out / "long_tail.png", dpi=110)

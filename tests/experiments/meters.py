@@ -6,15 +6,12 @@ Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time,
 brought to unit length for the meters, and compared with 2,048 random codes whatever the method.
 """
 import argparse
-import os
-import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from batch_sizes import run
+from batch_sizes import make, of, options_of_all, run, spread
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import ba_ssl
@@ -58,24 +55,21 @@ def numbers(job):
 def cells(results, group, names):
     """names: {name: decimals}."""
     columns = {name: [result[group][name] for result in results] for name in names}
-    return " | ".join(f"{statistics.mean(column):.{names[name]}f} ± {statistics.stdev(column):.{names[name]}f}"
-                      for name, column in columns.items())
+    return " | ".join(spread(column, names[name]) for name, column in columns.items())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs", "meters"))
-    args = parser.parse_args()
+    args = options_of_all(parser, "meters")
     jobs = {(name, seed): ((args.out / f"{name} {seed}").resolve(), script, [*options, "--seed", str(seed)], make)
             for seed in range(args.seeds) for name, (script, options, make) in METHODS.items()}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(zip(jobs, pool.map(numbers, jobs.values())))
-    table = {name: [found[name, seed] for seed in range(args.seeds)] for name in METHODS}
+    found = make(jobs, numbers, args)
+    table = {name: own for name in METHODS if (own := of(found, name))}
     print(f"| method | {' | '.join(PROBES)} |\n|---|{'---|' * len(PROBES)}")
     for name in ("raw pixels", "random encoder"):
-        print(f"| {name} | {cells(table['VICReg'], name, PROBES)} |")
+        if "VICReg" in table:
+            print(f"| {name} | {cells(table['VICReg'], name, PROBES)} |")
     for name, results in table.items():
         print(f"| {name} | {cells(results, 'probes', PROBES)} |")
     decimals = dict(METERS.values())

@@ -7,14 +7,12 @@ Both at one batch size and as many epochs. Runs the scripts as a user does, on t
 time, into runs/spoiled.
 """
 import argparse
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from batch_sizes import interval, run, spread
+from batch_sizes import apart, interval, make, of, options_of_all, run, spread
 from imbalanced import channels_last, thinned
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -44,9 +42,7 @@ def main():
     parser.add_argument("--epochs", default="45")
     parser.add_argument("--options", nargs="*", default=["batch=64"], help="of all runs, without their dashes")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs", "spoiled"))
-    args = parser.parse_args()
+    args = options_of_all(parser, "spoiled")
     out = args.out / Path(args.data).stem
     out.mkdir(parents=True, exist_ok=True)
     data = vicreg.load_data(args.data)
@@ -60,21 +56,20 @@ def main():
         for seed in range(args.seeds):
             for name, (script, options) in METHODS.items():
                 own = [f"--{option}" for option in args.options]
-                jobs[seed, case, name] = (out / f"{name}, {case.replace(' : ', '-')} {seed}").resolve(), script, [
+                jobs[case, name, seed] = (out / f"{name}, {case.replace(' : ', '-')} {seed}").resolve(), script, [
                     *options, *own, "--data", str(file), "--epochs", args.epochs, "--seed", str(seed)]
-    jobs = dict(sorted(jobs.items(), key=lambda job: job[0][0]))         # whole tables of a seed first
-    with ThreadPoolExecutor(args.jobs) as pool:
-        probes = dict(zip(jobs, pool.map(lambda job: run(*job)["probes"], jobs.values())))
+    probes = make(jobs, lambda job: run(*job)["probes"], args)
     print("| training images | raw: k-NN | method | k-NN | linear | k-NN less clean, 95 % | VICReg less SimCLR |\n"
           + "|---" * 7 + "|")
     for case in CASES:
         for name in METHODS:
-            own, clean, other = ([probes[seed, *key]["trained encoder"] for seed in range(args.seeds)]
-                                 for key in ((case, name), ("clean", name), (case, "SimCLR")))
-            cells = [spread([probe[column] for probe in own]) for column in ("k-NN", "linear")]
-            for shown, base in ((case != "clean", clean), (name == "VICReg", other)):
-                cells.append(interval([a["k-NN"] - b["k-NN"] for a, b in zip(own, base)]) if shown else "")
-            raw = probes[0, case, name]["raw pixels"]["k-NN"]
+            if not (own := of(probes, case, name)):
+                continue
+            cells = [spread([probe["trained encoder"][column] for probe in own]) for column in ("k-NN", "linear")]
+            for shown, other in ((case != "clean", ("clean", name)), (name == "VICReg", (case, "SimCLR"))):
+                over = apart(probes, (case, name), other, lambda probe: probe["trained encoder"]["k-NN"])
+                cells.append(interval(over) if shown else "")
+            raw = own[0]["raw pixels"]["k-NN"]
             print(f"| {case} | {raw:.3f} | {name} | {' | '.join(cells)} |")
 
 

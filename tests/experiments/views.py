@@ -6,13 +6,11 @@
 Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/views.
 """
 import argparse
-import os
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from batch_sizes import METHODS as COMPARED
-from batch_sizes import run, spread
+from batch_sizes import make, of, options_of_all, run, spread
 
 METHODS = {**COMPARED, "FALCON": ("falcon.py", [])}                    # name: script, its options
 VIEWS = ["crops", "poses"]
@@ -29,30 +27,28 @@ def main():
     parser.add_argument("--epochs", default="5", help="of every run")
     parser.add_argument("--data", type=Path, default=Path("glyphs.npz"), help="colour images with labels")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--device", default="cpu", help="of every run")
-    parser.add_argument("--out", type=Path, default=Path("runs", "views"))
-    args = parser.parse_args()
+    args = options_of_all(parser, "views")
 
     common = ["--data", str(args.data.resolve()), "--batch", "32", "--width", "8"]
     common += ["--epochs", args.epochs, "--device", args.device]
     jobs = {}
-    for seed in range(args.seeds):                                       # whole tables first, then their spread
+    for seed in range(args.seeds):
         for name, (script, options) in METHODS.items():
             for views in VIEWS:
                 folder = args.out / f"{name} {views} {args.epochs} {seed}"
                 own = ["--views", views, "--seed", str(seed), *options]
                 jobs[name, views, seed] = folder.resolve(), script, [*common, *own]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        reports = dict(zip(jobs, pool.map(lambda job: run(*job), jobs.values())))
+    reports = make(jobs, lambda job: run(*job), args)
 
     print(f"| method | views | {' | '.join(COLUMNS)} | RankMe of z |\n|---|---|{'---|' * len(COLUMNS)}---|")
     for row in ("raw pixels", "random encoder"):                         # are the same in all methods
-        own = [reports["VICReg", "crops", seed]["probes"][row] for seed in range(args.seeds)]
-        print(f"| {row} | | {cells(own)} | |")
+        if own := [report["probes"][row] for report in of(reports, "VICReg", "crops")]:
+            print(f"| {row} | | {cells(own)} | |")
     for name in METHODS:
         for views in VIEWS:
-            own = [reports[name, views, seed] for seed in range(args.seeds)]
+            if not (own := of(reports, name, views)):
+                continue
             panels = [report["panels"]["projector z"] for report in own]
             rank = f"{statistics.mean(panel['RankMe'] for panel in panels):.0f} of {panels[0]['width']:.0f}"
             print(f"| {name} | {views} | {cells([report['probes']['trained encoder'] for report in own])} | {rank} |")
