@@ -14,12 +14,12 @@ README = (ROOT / "README.md").read_text().replace("\u00a0", " ")               #
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("script, name, least_knn, least_linear", [
-    ("vicreg.py", "VICReg", .82, .84), ("icone.py", "IConE", .89, .90), ("falcon.py", "FALCON", .85, .88),
-    ("ba_ssl.py", "SimCLR + fusion", .885, .90)])
-def test_default_run_on_posed_digits(tmp_path, script, name, least_knn, least_linear):
-    """At least these over 3 seeds, near README's row: three of its stds, at least .02; within twice README's 81 s a run,
-    for machines differ: of two, one took 1.5 times as long."""
+@pytest.mark.parametrize("script, name, least_knn, least_linear, most_seconds", [
+    ("vicreg.py", "VICReg", .82, .84, 90), ("icone.py", "IConE", .89, .90, 110), ("falcon.py", "FALCON", .85, .88, 125),
+    ("ba_ssl.py", "SimCLR + fusion", .885, .90, 120)])
+def test_default_run_on_posed_digits(tmp_path, script, name, least_knn, least_linear, most_seconds):
+    """At least these over 3 seeds, within these seconds a run (15 % over README's slower machine), near README's row: three
+    of its stds, at least .02."""
     scores, seconds = [], []
     for seed in range(3):
         start = time.time()
@@ -30,7 +30,7 @@ def test_default_run_on_posed_digits(tmp_path, script, name, least_knn, least_li
         scores.append([float(number) for number in row.groups()])
     knn, linear = map(statistics.mean, zip(*scores))
     assert knn >= least_knn and linear >= least_linear, scores
-    assert max(seconds) <= 160, seconds
+    assert max(seconds) <= most_seconds, seconds
     row = re.search(rf"^\| {re.escape(name)} (?:\| \d )?\| (\S+) ± (\S+) \| (\S+) ± (\S+) \|", README, re.M)
     claimed_knn, knn_std, claimed_linear, linear_std = map(float, row.groups())
     assert abs(knn - claimed_knn) <= max(.02, 3 * knn_std), scores
