@@ -239,12 +239,13 @@ def test_centre_follows_the_mean_of_what_it_saw():
 STEPS = """
 import resource, statistics, sys, time
 import torch
-from torch.nn.functional import normalize
 import icone
 
 torch.set_num_threads(1)
+nothing = torch.nn.Flatten()
+nothing.place = torch.nn.Parameter(torch.zeros(()))           # says on which device the table's start is made
 for count in (1437, 10_000, 50_000, 1_000_000):
-    model = icone.IConE(torch.nn.Flatten(), 128, count)
+    model = icone.IConE(nothing, 128, count)
     model.start_table(torch.ones(1, 128).expand(count, -1), "normal")
     model.train()
     for batch in (1, 64):
