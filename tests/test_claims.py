@@ -1,4 +1,5 @@
-"""README's results and ratios, measured again (slow: half an hour on 2 cores)."""
+"""README's results and ratios, measured again (slow: a quarter of an hour on 2 cores)."""
+import random
 import re
 import statistics
 import subprocess
@@ -14,27 +15,24 @@ README = (ROOT / "README.md").read_text().replace("\u00a0", " ")               #
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("script, name, least_knn, least_linear, most_seconds", [
-    ("vicreg.py", "VICReg", .82, .84, 90), ("icone.py", "IConE", .89, .90, 110), ("falcon.py", "FALCON", .85, .88, 125),
-    ("ba_ssl.py", "SimCLR + fusion", .885, .90, 120)])
-def test_default_run_on_posed_digits(tmp_path, script, name, least_knn, least_linear, most_seconds):
-    """At least these over 3 seeds, within these seconds a run (15 % over README's slower machine), near README's row: three
-    of its stds, at least .02."""
+@pytest.mark.parametrize("script", ["vicreg.py", "icone.py", "falcon.py", "ba_ssl.py"])
+def test_default_run_on_posed_digits(tmp_path, request, script):
+    """One run, its seed drawn at random, or three with --every-run: accuracies within three stds of those that README
+    states, .02 at least, and, as another machine's, at most twice its seconds."""
     scores, seconds = [], []
-    for seed in range(3):
+    for seed in range(3) if request.config.getoption("every_run") else [random.randrange(3)]:
         start = time.time()
         done = subprocess.run([sys.executable, ROOT / script, "--seed", str(seed), "--device", "cpu"],
                               cwd=tmp_path, capture_output=True, text=True, check=True)
         seconds.append(time.time() - start)
         row = re.search(r"^trained encoder +(\S+) +(\S+) ", done.stdout, re.M)
         scores.append([float(number) for number in row.groups()])
-    knn, linear = map(statistics.mean, zip(*scores))
-    assert knn >= least_knn and linear >= least_linear, scores
-    assert max(seconds) <= most_seconds, seconds
-    row = re.search(rf"^\| {re.escape(name)} (?:\| \d )?\| (\S+) ± (\S+) \| (\S+) ± (\S+) \|", README, re.M)
-    claimed_knn, knn_std, claimed_linear, linear_std = map(float, row.groups())
-    assert abs(knn - claimed_knn) <= max(.02, 3 * knn_std), scores
-    assert abs(linear - claimed_linear) <= max(.02, 3 * linear_std), scores
+    knn, most_seconds = re.search(rf"\[`{script}`\].* \| (\S+ ± \S+) \| \d+-(\d+) \|", README).groups()
+    linear = re.search(rf"{knn} / (\S+ ± \S+)", " ".join(README.split())).group(1)
+    for stated, found in zip([knn, linear], map(statistics.mean, zip(*scores))):
+        mean, std = map(float, stated.split(" ± "))
+        assert abs(found - mean) <= max(.02, 3 * std), (stated, scores)
+    assert max(seconds) <= 2 * int(most_seconds), seconds
 
 
 def benchmark(*options):

@@ -144,7 +144,8 @@ def lines_of(request, tmp_path_factory):
     """Function command -> lines that it prints. All that train are run at the start, a core each."""
     chosen = {item.callspec.params["command"] for item in request.session.items
               if item.path == Path(__file__) and hasattr(item, "callspec")}
-    trained = [command for command in chosen if TRAINS.search(command)]
+    trained = sorted((command for command in chosen if TRAINS.search(command)),
+                     key=lambda command: "digits3d" not in command and "glyphs" not in command)      # the longest first
     if not (ROOT / "glyphs.npz").exists() and any("glyphs" in command or "views" in command or "long_tail" in command
                                                   for command in trained):
         output("python tests/experiments/glyphs.py --out glyphs.npz")
