@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("script", ["vicreg.py", "icone.py", "falcon.py", "ba_ssl.py"])
 def test_default_run_on_posed_digits(tmp_path, request, script):
-    """One run, its seed drawn at random, or three with --every-run: accuracies within three stds of those that README
-    states, .02 at least, and, as another machine's, at most twice its seconds."""
+    """One run, its seed drawn at random, or three with --every-run: accuracies within five stds (three: three) of those
+    that README states, .02 at least, and, as another machine's, at most twice its seconds."""
     scores, seconds = [], []
     for seed in range(3) if request.config.getoption("every_run") else [random.randrange(3)]:
         start = time.time()
@@ -31,7 +31,7 @@ def test_default_run_on_posed_digits(tmp_path, request, script):
     linear = re.search(rf"{knn} / (\S+ ± \S+)", " ".join(README.split())).group(1)
     for stated, found in zip([knn, linear], map(statistics.mean, zip(*scores))):
         mean, std = map(float, stated.split(" ± "))
-        assert abs(found - mean) <= max(.02, 3 * std), (stated, scores)
+        assert abs(found - mean) <= max(.02, (3 if len(scores) == 3 else 5) * std), (stated, scores)
     assert max(seconds) <= 2 * int(most_seconds), seconds
 
 

@@ -203,7 +203,7 @@ def test_two_processes_learn_what_one_does(tmp_path, request):
         _, stderr = started.communicate(timeout=900)
         assert started.returncode == 0, stderr
         reached.append(json.loads((out / "report.json").read_text())["probes"]["trained encoder"])
-    stds = 1 if len(reached) == 3 else 3
+    stds = 1 if len(reached) == 3 else 5
     assert np.mean([probes["k-NN"] for probes in reached]) >= 0.860 - stds * 0.010
     assert np.mean([probes["linear"] for probes in reached]) >= 0.885 - stds * 0.012
 
