@@ -55,8 +55,8 @@ def test_ratios_of_the_covariance_loss(tmp_path):
 def test_ratios_of_the_bank_similarity():
     """Against the materialised form in one run: time and extra memory at most; and memory linear in the bank."""
     rows = benchmark("--only", "bank", "--bank", "256x200000x128")
-    for case, time_share, memory_share in [("cross-entropy, bank detached", .4, .05),
-                                           ("cross-entropy, bank trained", .65, 1)]:
+    for case, time_share, memory_share in [("cross-entropy, bank detached", .5, .05),
+                                           ("cross-entropy, bank trained", .8, 1)]:
         faster, less, _ = rows[f"256, 200000, 128 {case}"]
         assert faster >= 1 / time_share and less >= 1 / memory_share, (case, rows)
     faster, less, _ = rows["20000, 128 repulsion, all pairs"]
