@@ -17,7 +17,7 @@ follows: NT-Xent (SimCLR), or that of vicreg.py, falcon.py, icone.py.
 
 Expect k-NN accuracy 0.904 ± 0.010 and linear 0.910 ± 0.007 (mean ± std, 5 seeds; raw pixels 0.593,
 0.169; random encoder 0.287 ± 0.064, 0.214 ± 0.029) in 105 s on one core of an AMD EPYC with torch
-2.13.0, in 70 to 104 s on two. Plain SimCLR has 0.880 ± 0.018 and 0.896 ± 0.011. What is learned adds
+2.13.0, in 70 to 190 s on two. Plain SimCLR has 0.880 ± 0.018 and 0.896 ± 0.011. What is learned adds
 nothing to that: the same convolutions never trained gain as much, and so does a fifth of one other image
 (README, Results).
 

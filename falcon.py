@@ -15,7 +15,7 @@ W^T W / c goes to 1: with many codes embeddings fill all of R^f.
     python falcon.py --recipe released                  # the authors' settings, for hours rather than minutes
 
 Expect k-NN accuracy 0.913 ± 0.001 and linear 0.933 ± 0.004 (mean ± std, 3 seeds; raw pixels 0.593, 0.169;
-random encoder 0.307 ± 0.042, 0.222 ± 0.018) in 60 to 110 s on 2 cores of an AMD EPYC with torch 2.13.0; on
+random encoder 0.307 ± 0.042, 0.222 ± 0.018) in 60 to 150 s on 2 cores of an AMD EPYC with torch 2.13.0; on
 one thread, which rounds otherwise, 0.923 ± 0.002 and 0.938 ± 0.003.
 
 Deviations from the released code: (1) beta rises from 0 to 1 over the run: the prior spreads images over the

@@ -17,7 +17,7 @@ length; up to 2,048 rows the bank is the table, beyond it one row from each of 2
     python icone.py --weight 0                           # without the diversity: collapse
 
 Expect k-NN accuracy 0.910 ± 0.012 and linear 0.913 ± 0.010 (mean ± std, 3 seeds; raw pixels 0.593, 0.169;
-random encoder 0.307 ± 0.042, 0.222 ± 0.018) in 53 to 95 s on 2 cores of an AMD EPYC with torch 2.13.0; at
+random encoder 0.307 ± 0.042, 0.222 ± 0.018) in 53 to 148 s on 2 cores of an AMD EPYC with torch 2.13.0; at
 batch 1 and 32 epochs 0.880 ± 0.029 and 0.895 ± 0.024, ten minutes on one core.
 
 Choices of our own: (1) --diversity logsumexp; relu2, the mean of max(0, <u_b, u_n>)^2, is the form of a third

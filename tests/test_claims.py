@@ -15,10 +15,11 @@ README = (ROOT / "README.md").read_text().replace("\u00a0", " ")               #
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("script", ["vicreg.py", "icone.py", "falcon.py", "ba_ssl.py"])
-def test_default_run_on_posed_digits(tmp_path, request, script):
-    """One run, its seed drawn at random, or three with --every-run: accuracies within five stds (three: three) of those
-    that README states, .02 at least, and, as another machine's, at most twice its seconds."""
+@pytest.mark.parametrize("script, least_knn, least_linear", [
+    ("vicreg.py", .82, .84), ("icone.py", .89, .90), ("falcon.py", .85, .88), ("ba_ssl.py", .885, .90)])
+def test_default_run_on_posed_digits(tmp_path, request, script, least_knn, least_linear):
+    """One run, its seed drawn at random, or three with --every-run: at least these accuracies, within five stds (three:
+    three) of those that README states, .02 at least, and in at most 15 % over the seconds of its slowest machine."""
     scores, seconds = [], []
     for seed in range(3) if request.config.getoption("every_run") else [random.randrange(3)]:
         start = time.time()
@@ -27,12 +28,14 @@ def test_default_run_on_posed_digits(tmp_path, request, script):
         seconds.append(time.time() - start)
         row = re.search(r"^trained encoder +(\S+) +(\S+) ", done.stdout, re.M)
         scores.append([float(number) for number in row.groups()])
+    reached = [*map(statistics.mean, zip(*scores))]
+    assert reached[0] >= least_knn and reached[1] >= least_linear, scores
     knn, most_seconds = re.search(rf"\[`{script}`\].* \| (\S+ ± \S+) \| \d+-(\d+) \|", README).groups()
     linear = re.search(rf"{knn} / (\S+ ± \S+)", " ".join(README.split())).group(1)
-    for stated, found in zip([knn, linear], map(statistics.mean, zip(*scores))):
+    for stated, found in zip([knn, linear], reached):
         mean, std = map(float, stated.split(" ± "))
         assert abs(found - mean) <= max(.02, (3 if len(scores) == 3 else 5) * std), (stated, scores)
-    assert max(seconds) <= 2 * int(most_seconds), seconds
+    assert max(seconds) <= 1.15 * int(most_seconds), seconds
 
 
 def benchmark(*options):

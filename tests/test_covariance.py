@@ -100,10 +100,10 @@ CASES = [(1, 1e3), (1, 1e4), (1, 1e6), (3, 1e3), (3, 1e4), (3, 1e6)]
 @pytest.mark.parametrize("case", range(6))
 @pytest.mark.parametrize("shape", [(64, 512), (64, 2048), (64, 8192), (128, 512), (128, 2048), (256, 512), (256, 8192)])
 def test_dominating_columns_at_twenty_seeds(shape, case, device):
-    """Where the interpreter takes up to a minute a seed, it has one."""
+    """Where the interpreter takes seconds a seed, the 20 seeds are dealt to the six cases."""
     quick = device == "cuda" or shape[0] * shape[1] <= 2 ** 16
     for seed in range(20):
-        impls = IMPLS if quick or seed == case else ["torch"]
+        impls = IMPLS if quick or seed % 6 == case else ["torch"]
         check_dominated(shape, *CASES[case], seed, impls, device)
 
 
