@@ -46,6 +46,7 @@ from matplotlib import rcParams
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
 from numpy.random import default_rng
+from scipy.fft import dct
 from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 from scipy.sparse import block_diag, bmat, csr_matrix, diags, eye
@@ -152,10 +153,14 @@ def random_start(edges, d, rng):
 
 
 def isotropic_start(edges, d, scale):
-    """Centred, without noise, Y^T Y = scale^2 in each of the first min(d, K - 1) directions: z [M + K, d]."""
+    """Centred, without noise, Y^T Y = scale^2 in each of the first min(d, K - 1) directions: z [M + K, d].
+
+    The directions are cosines (DCT-II), whose first alone tells all labels apart: in any basis of so few, two
+    labels may meet.
+    """
     K = edges.shape[1]
     spread = min(d, K - 1)
-    directions = np.linalg.svd(np.eye(K) - 1 / K)[0]
+    directions = dct(np.eye(K), norm="ortho")[:, 1:]
     y = np.zeros((K, d))
     y[:, :spread] = scale * directions[:, :spread]
     return np.vstack([mean_of_labels(edges, y), y])
