@@ -323,8 +323,10 @@ class Encoder(nn.Module):
             for stride in [2] + [1] * (depth - 1):                   # 2 halves the canvas, doubles the width
                 self.stages.append(Block(conv, width, stride * width, stride))
                 width = stride * width
-        if self.features >= 128:                                     # fewer channels crash oneDNN 3.x: the
-            layout = torch.channels_last if axes == 2 else torch.channels_last_3d        # 1x1 skips' gradient
+        # oneDNN 3.x gets gradients of strided 1x1 convolutions, the skips', wrong or crashes where fewer than 8
+        # channels lie last.
+        if self.features >= 128:
+            layout = torch.channels_last if axes == 2 else torch.channels_last_3d
             self.to(memory_format=layout)
 
     def forward(self, x):
@@ -429,12 +431,12 @@ def train(model, optimizer, data, args, folder, state, meters=None):
         if runs.rank() == 0:
             with runs.whole(folder / "last.pt") as file:
                 torch.save(whole, file)
-            lines = "".join(f"{json.dumps(line)}\n" for line in history)
-            runs.write_text(folder / "metrics.jsonl", lines)
+            runs.write_text(folder / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in history))
         return time.monotonic()
 
     if args.compile:
-        model.compile()
+        # Its own layouts would be channels last for narrow encoders too: see Encoder.
+        model.compile(options={"layout_optimization": False})
     run_model = runs.parallel(model)
     own = runs.own_part(args.batch)
     bar = tqdm(total=total, initial=schedule.last_epoch, unit="step", disable=runs.rank() > 0)
@@ -574,8 +576,8 @@ def report(model, data, untrained, history, folder, **more_probes):
     probes.update({"random encoder": untrained.probe, "trained encoder": trained.probe, **more_probes})
     panels = {"untrained z": untrained.panels["projector z"], **trained.panels}
     sentence = verdict(panels["projector z"], panels["untrained z"])
-    text = json.dumps({"probes": probes, "panels": panels, "verdict": sentence}, indent=1)
-    runs.write_text(folder / "report.json", text)
+    runs.write_text(folder / "report.json",
+                    json.dumps({"probes": probes, "panels": panels, "verdict": sentence}, indent=1))
     encoder = {"config": getattr(model.encoder, "config", {}), "state_dict": model.encoder.state_dict()}
     with runs.whole(folder / "encoder.pt") as file:
         torch.save(encoder, file)                                    # Encoder(**config) makes it anew

@@ -312,8 +312,14 @@ def test_help_explains_every_option_with_its_default(run):
 
 @pytest.mark.slow
 @command(f"{SMALL} --compile", ALL)
-def test_a_compiled_model_trains(run):
-    assert len(run.metrics()) == 3
+def test_a_compiled_model_trains_as_an_eager_one(run):
+    compiled = run.metrics()
+    assert len(compiled) == 3
+    eager = process(run, *run.arguments[:-1], "--out", "eager")
+    assert eager.returncode == 0, eager.stderr
+    lines = (run.folder / "eager" / "metrics.jsonl").read_text().splitlines()
+    for line, own in zip(map(json.loads, lines), compiled, strict=True):
+        assert own["loss"] == pytest.approx(line["loss"], rel=1e-3)
 
 
 # ---- IConE -------------------------------------------------------------------------------------------------
