@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # read with torch: else cuBLAS does not repeat itself
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if WORKERS > 1:                                       # pytest -n: to each its share of the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // WORKERS)))
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
@@ -37,11 +40,20 @@ def nan_poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """pytest -n: tests of a file go to one worker, since they share what the first of them made."""
+    from xdist.scheduler import LoadFileScheduling
+    return LoadFileScheduling(config, log)
+
+
 def pytest_addoption(parser):
     parser.addoption("--every-run", action="store_true", help="with -m slow: README's tables whole, in half a day")
 
 
 def pytest_configure(config):
+    if config.option.markexpr == "slow" and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("-m slow measures times: run it without -n")
     config.addinivalue_line("markers", "slow: minutes, not seconds; runs with -m slow")
 
 
