@@ -248,8 +248,8 @@ class Encoder(nn.Module):
             for stride in [2] + [1] * (depth - 1):                   # 2 halves the canvas, doubles the width
                 self.stages.append(Block(conv, width, stride * width, stride))
                 width = stride * width
-        # oneDNN 3.x gets gradients of strided 1x1 convolutions, the skips', wrong or crashes where fewer than 8
-        # channels lie last.
+        # oneDNN 3.x gets the gradients of strided 1x1 convolutions, the skips', wrong, or crashes, where
+        # fewer than 8 channels lie last.
         if self.features >= 128:
             layout = torch.channels_last if axes == 2 else torch.channels_last_3d
             self.to(memory_format=layout)
