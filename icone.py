@@ -28,39 +28,25 @@ would mix images. (5) --table-lr 0.6, no momentum: a row is touched once an epoc
 Towards the third party's form: --diversity relu2 --weight 2 --view-view 1 --centre 0 --table-init normal
 --lr 1.4e-4 --epochs 100. Cut: its AdamW on the table; that all rows push each other in every step.
 """
-import argparse
-import json
-import math
-import os
-import signal
-import sys
-import time
-import warnings
-from collections import namedtuple
-from functools import partial
-from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads soon sleep,
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")          # so that other programs may work
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C while the packages load: no traceback
-import numpy as np
+    import kernels.harness.start                                     # before torch: see there
+import math
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
-from tqdm import tqdm
+from torch.optim.lr_scheduler import LambdaLR
 
-from kernels import (bank_logsumexp, bank_repulsion, collapse_panel, few_label_accuracy, knn_accuracy, runs,
-                     verdict)
-from kernels.images import Data, digest, encode, in_parts, limited, pixels, read_images, some
-from kernels.pictures import plot_curves, plot_embedding, plot_neighbours, plot_views
-from kernels.runs import die
-from kernels.views import cropped_view, posed_view, two_views, uniform, warp
+from kernels import bank_logsumexp, bank_repulsion
+from kernels.harness.cli import (bounded, layer_sizes_or_none, load_data, load_encoder, open_folder, options,
+                                 parse)
+from kernels.harness.encoder import Encoder                          # to be found here too
+from kernels.harness.images import in_parts, pixels
+from kernels.harness.probes import begin, quick_probe, report
+from kernels.harness.processes import gather, launch
+from kernels.harness.run import Run
+from kernels.harness.views import two_views
 
 
 # ==== The method ============================================================================================
@@ -90,19 +76,29 @@ class Centre(nn.Module):
         self.count.zero_()
 
 
-def crowding(rows, bank, own, diversity="logsumexp", temperature=0.2):
-    """How near rows [R, D] come to those of a bank [M, D], all of unit length, but for the column own [R].
+def crowding(rows, bank, exclude, diversity="logsumexp", temperature=0.2):
+    """How near rows [R, D] come to those of a bank [M, D], all of unit length, but for a column each [R].
 
-    logsumexp  t mean_r log mean_{n != own} exp(<u_r, u_n> / t)      1 if all are equal, 0 if orthogonal
-    relu2      mean_{r, n != own} max(0, <u_r, u_n>)^2               the same; random directions: 1 / (2 D)
+    logsumexp  t mean_r log mean_{n != excluded} exp(<u_r, u_n> / t)     1 if all are equal, 0 if orthogonal
+    relu2      mean_{r, n != excluded} max(0, <u_r, u_n>)^2              the same; random directions: 1/(2 D)
     """
     if diversity == "relu2":
-        return bank_repulsion(rows, bank, exclude=own)
-    sums = bank_logsumexp(rows, bank, temperature, exclude=own)      # [R]
+        return bank_repulsion(rows, bank, exclude=exclude)
+    sums = bank_logsumexp(rows, bank, temperature, exclude=exclude)  # [R]
     return temperature * (sums.mean() - math.log(len(bank) - 1))
 
 
-def head(features, sizes):
+def column_to_exclude(places, index):
+    """The column that each image of index [B] skips in a bank, made of the rows at sorted places [M].
+
+    It is its own row if that was drawn, else the last one, so that each image is pushed by M - 1 rows.
+    """
+    last = len(places) - 1
+    column = torch.searchsorted(places, index).clamp(max=last)
+    return torch.where(places[column] == index, column, last)
+
+
+def projection_head(features, sizes):
     """h [B, features] -> z [B, sizes[-1]]: Linear, LayerNorm, ReLU; at last no ReLU and no gains."""
     layers = nn.Sequential()
     for size in sizes:
@@ -117,9 +113,9 @@ class IConE(nn.Module):
     """An encoder to `features` numbers, a projector and a table [count, D], a row for each training image.
 
     projector: sizes of a head's layers; () is no head. bank: so many rows at most push those of a batch away.
-    ValueError for a diversity that is none. Call start_table before training, and step after each step of the
-    optimiser, which takes encoder and projector alone; a row moves by `table_lr` x the gradient of its image.
-    The table may lie on another device than all else: model.table = model.table.cpu().
+    ValueError for a diversity that is none. Call start_table before training. The optimiser has the encoder
+    and the projector alone; step(), after each of its steps, moves a row by `table_lr` x the gradient of its
+    image. The table may lie on another device than all else: model.table = model.table.cpu().
     """
 
     def __init__(self, encoder, features, count, projector=(), centre=0.99, diversity="logsumexp",
@@ -129,7 +125,7 @@ class IConE(nn.Module):
             raise ValueError(f"diversity {diversity!r} is neither logsumexp nor relu2")
         width = projector[-1] if projector else features
         self.encoder = encoder
-        self.projector = head(features, projector)
+        self.projector = projection_head(features, projector)
         if centre:
             self.projector.append(Centre(width, centre))
         self.register_buffer("table", torch.zeros(count, width))
@@ -139,8 +135,9 @@ class IConE(nn.Module):
         self.view_view = view_view
         self.bank = min(bank, count)
         self.table_lr = table_lr
-        self.moving = []                                             # (index [B], rows [B, D]) since a step
-        self.sample = None                                           # this step's bank: places [M], rows
+        # Of the step under way: the rows that its batches took, whose gradient step() reads, and its bank.
+        self.taken = []                                              # (index [B], rows [B, D]) of each batch
+        self.drawn = None                                            # places [M] in the table, rows [M, D]
 
     @torch.no_grad()
     def start_table(self, images, table_init="encoder"):
@@ -161,35 +158,33 @@ class IConE(nn.Module):
                 layer.mean.copy_(mean)
 
     def rows_of(self, index):
-        """Rows [B, D] of the images index [B], which the next step moves."""
-        rows = self.table[index.to(self.table.device)].to(index.device).requires_grad_()
-        self.moving.append((index, rows))
+        """Rows [B, D] of the images index [B], of unit length, which the next step moves."""
+        rows = self.table[index.to(self.table.device)].to(index.device)
+        rows.requires_grad_()
+        self.taken.append((index, rows))
         return F.normalize(rows)
 
-    def bank_for(self, index):
-        """A step's bank [M, D], one row from each of M equal stretches of the table; without gradient.
-
-        And for each of index [B] the column left out, so that all see M - 1: its own if there, else the last.
-        """
-        if self.sample is None:
-            stretches = torch.arange(self.bank + 1) * len(self.table) // self.bank
-            within = torch.rand(self.bank, dtype=torch.float64) * stretches.diff()
-            sample = stretches[:-1] + within.long()
-            rows = self.table.index_select(0, sample.to(self.table.device))
-            self.sample = sample.to(index.device), rows.to(index.device)
-        sample, rows = self.sample
-        column = torch.searchsorted(sample, index).clamp(max=self.bank - 1)
-        return rows, torch.where(sample[column] == index, column, self.bank - 1)
+    def bank_of_step(self, device):
+        """One bank for all batches of a step, without gradient: a row from each of M equal stretches of the
+        table. -> their places [M], in order, and the rows [M, D]."""
+        if self.drawn is None:
+            borders = torch.arange(self.bank + 1) * len(self.table) // self.bank
+            within = torch.rand(self.bank, dtype=torch.float64) * borders.diff()
+            places = borders[:-1] + within.long()
+            rows = self.table.index_select(0, places.to(self.table.device))
+            self.drawn = places.to(device), rows.to(device)
+        return self.drawn
 
     def forward(self, view1, view2, index):
         views = torch.cat([view1, view2])                            # [2B, C, *S]
         h1, h2 = self.encoder(views).chunk(2)
-        h = torch.cat([runs.gather(h1), runs.gather(h2)])            # [2B, E]
+        h = torch.cat([gather(h1), gather(h2)])                      # [2B, E]
         z = self.projector(h)
         z = F.normalize(z.to(self.table.dtype))                      # [2B, D]
         u = self.rows_of(index)                                      # [B, D]
-        bank, own = self.bank_for(index)
-        crowded = crowding(u, bank, own, self.diversity, self.temperature)
+        places, bank = self.bank_of_step(index.device)
+        exclude = column_to_exclude(places, index)
+        crowded = crowding(u, bank, exclude, self.diversity, self.temperature)
         terms = {"alignment": 1 - (z * u.repeat(2, 1)).sum(1).mean(),
                  "diversity": self.weight * crowded}
         if self.view_view:
@@ -199,123 +194,29 @@ class IConE(nn.Module):
 
     @torch.no_grad()
     def step(self):
-        """Moves the rows whose images were seen, and no other; ends what belongs to one step."""
-        seen = sum(len(index) for index, _ in self.moving)           # the loss is a mean over so many
-        for index, rows in self.moving:
-            rows = F.normalize(rows - self.table_lr * seen * rows.grad)
+        """After the optimiser's: rows that were taken go down their gradient, no other moves; and the mean.
+
+        The loss is a mean over the step's images: a row gets its own image's gradient divided by so many.
+        """
+        images = sum(len(index) for index, _ in self.taken)
+        for index, rows in self.taken:
+            rows = F.normalize(rows - self.table_lr * images * rows.grad)
             self.table[index.to(self.table.device)] = rows.to(self.table.device)
-        self.moving.clear()
-        self.sample = None
+        self.taken.clear()
+        self.drawn = None
         for layer in self.projector:
             if isinstance(layer, Centre):
                 layer.step()
 
 
-# ==== The same in every script ==============================================================================
-# What train() and report() need of a model, and of nothing else:
-#     model.encoder       any nn.Module: images [N, C, *S] -> features h [N, E]
-#     model.projector     nn.Module: h [N, E] -> embeddings z [N, D]
-#     model(view1, view2, index) -> terms, notes      views [B, C, *S] of the training images index [B];
-#                         dicts of scalars: the sum of the terms is minimised, notes are only logged
-# Under torchrun a process has views of its own B / processes images, and all of index; runs.gather(h) gives
-# the features of all, so that projector and terms are those of the whole batch, in every process.
-# ---- Encoder -----------------------------------------------------------------------------------------------
-def conv_norm(conv, width_in, width, kernel, stride=1):
-    """Convolution and GroupNorm, which looks at one sample at a time."""
-    return nn.Sequential(
-        conv(width_in, width, kernel, stride, kernel // 2, bias=False),
-        nn.GroupNorm(math.gcd(8, width), width))
+# ==== Training ==============================================================================================
+def learning_rate(step, steps, batch):
+    """What to multiply --lr with: a linear rise to the peak in the first tenth, then half a cosine to 0.
 
-
-class Block(nn.Module):
-    """Basic residual block; a stride halves the canvas, and the skip follows by a 1x1 convolution."""
-
-    def __init__(self, conv, width_in, width, stride):
-        super().__init__()
-        self.body = nn.Sequential(
-            conv_norm(conv, width_in, width, 3, stride),
-            nn.ReLU(),
-            conv_norm(conv, width, width, 3))
-        self.skip = conv_norm(conv, width_in, width, 1, stride) if stride > 1 else nn.Identity()
-
-    def forward(self, x):
-        return F.relu(self.skip(x) + self.body(x))
-
-
-class Encoder(nn.Module):
-    """Compact ResNet: [N, C, H, W] or [N, C, D, H, W] -> h [N, 8 width].
-
-    Its stem keeps the canvas; with large=True it divides it by 4, as ResNet's: 7x7 with stride 2, max-pool.
+    The peak follows sqrt(batch), which keeps the noise of Adam's steps alike (arXiv 2205.10287); it is 1 at
+    128 images a step, where --lr was chosen.
     """
-
-    def __init__(self, channels, axes, width=16, depth=1, large=False):
-        super().__init__()
-        self.config = dict(channels=channels, axes=axes, width=width, depth=depth, large=large)
-        self.features = 8 * width
-        conv = nn.Conv2d if axes == 2 else nn.Conv3d
-        kernel, stride = (7, 2) if large else (3, 1)
-        self.stem = conv_norm(conv, channels, width, kernel, stride)
-        if large:                                                    # before the norm: a quarter of its work
-            self.stem.insert(1, nn.MaxPool2d(3, 2, 1) if axes == 2 else nn.MaxPool3d(3, 2, 1))
-        self.stem.append(nn.ReLU())
-        self.stages = nn.Sequential()
-        for _ in range(3):
-            for stride in [2] + [1] * (depth - 1):                   # 2 halves the canvas, doubles the width
-                self.stages.append(Block(conv, width, stride * width, stride))
-                width = stride * width
-        # oneDNN 3.x gets the gradients of strided 1x1 convolutions, the skips', wrong, or crashes, where
-        # fewer than 8 channels lie last.
-        if self.features >= 128:
-            layout = torch.channels_last if axes == 2 else torch.channels_last_3d
-            self.to(memory_format=layout)
-
-    def forward(self, x):
-        return self.stages(self.stem(x)).flatten(2).mean(2)          # of [N, 8 width, *S/8 or *S/32]
-
-
-# ---- Data and augmentation ---------------------------------------------------------------------------------
-def posed_digits(axes):
-    """scikit-learn's 1,797 handwritten digits, each in one pose of its own, whatever the run's seed.
-
-    2-D: on a 20 x 20 canvas. 3-D: slabs two voxels thick in 16^3. 1,437 train; 360 test, in four poses each.
-    """
-    digits = load_digits()
-    train, test = train_test_split(range(1797), test_size=360, stratify=digits.target, random_state=0)
-    rows = train + 4 * test
-    x = torch.tensor(digits.images[rows, None] / 16, dtype=torch.float32)                # [N, 1, 8, 8]
-    y = torch.tensor(digits.target[rows])
-    turn, small, large, move, side = (30, 0.45, 0.75, 0.3, 20) if axes == 2 else (25, 0.55, 0.85, 0.2, 16)
-    if axes == 3:
-        x = F.pad(torch.stack([x, x], 2), (0, 0, 0, 0, 3, 3))        # [N, 1, 8, 8, 8]
-
-    generator = torch.Generator().manual_seed(0)
-    draw = partial(uniform, x, generator)
-    angles = draw(-turn, turn, axes * (axes - 1) // 2).deg2rad()
-    scale = draw(small, large)
-    shift = draw(-move, move, axes)
-    x = warp(x, angles, scale, shift, [side] * axes)
-    x = x + 0.1 * torch.randn(x.shape, generator=generator)
-    return Data(x[:1437], y[:1437], x[1437:], y[1437:], classes=digits.target_names)
-
-
-def load_data(name, size=64, channels_last=False, views="auto"):
-    """The digits, or what read_images finds in a file or folder; with the views that suit it."""
-    if name in ("digits", "digits3d"):
-        data = posed_digits(2 if name == "digits" else 3)
-    else:
-        try:
-            data = read_images(name, size, channels_last)
-        except (OSError, ValueError) as error:
-            die(str(error))
-    photographs = data.images.shape[1] == 3 and len(data.images.shape) == 4
-    if views == "crops" and not photographs:
-        die(f"--views crops: {name} holds no 2-D images of three channels; use poses")
-    return data._replace(view=cropped_view if photographs and views != "poses" else posed_view)
-
-
-# ---- Training ----------------------------------------------------------------------------------------------
-def learning_rate(step, steps, peak):
-    """What to multiply --lr with: a linear rise to the peak in the first tenth, then half a cosine to 0."""
+    peak = math.sqrt(batch / 128)
     warmup = max(1, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -323,388 +224,35 @@ def learning_rate(step, steps, peak):
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
-def train(model, optimizer, data, args, folder, state, meters=None):
-    """Minimise the sum of the model's terms -> history, a dict of means for each epoch.
-
-    One optimiser step takes `accumulate` batches. The checkpoint last.pt and metrics.jsonl, the history, are
-    written at the start, after each epoch, every `save_minutes` and at a signal, which ends the program.
-    state: the checkpoint to go on from, or None. meters(model in eval mode) -> {name: number}, put into the
-    epoch's line as "meters" if given.
-    """
-    images = data.images
-    device = next(model.parameters()).device
-    few = limited(data)
-    step_size = args.batch * args.accumulate
-    steps = len(images) // step_size                                 # in an epoch; the rest is dropped
-    total = args.epochs * steps
-    # For Adam the noise of a step stays alike if the rate follows sqrt(batch), arXiv 2205.10287; 128 is where
-    # --lr was chosen. The schedule multiplies the learning rates that the optimizer was made with.
-    peak = math.sqrt(step_size / 128)
-    factor = partial(learning_rate, steps=total, peak=peak)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    generator = torch.Generator(device)                              # of views; process 0's also of the order
-    generator.manual_seed((args.seed * runs.processes() + runs.rank()) % 2**63)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    history = []
-    begun = None                                                     # an epoch's order, steps done, sums
-    if state:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            torch.set_rng_state(state["torch_rng"])                  # what models themselves draw, on the CPU
-            if runs.rank() < len(state["generators"]):
-                generator.set_state(state["generators"][runs.rank()])
-            history, begun = state["history"], state["begun"]
-            done = len(history) * steps + (begun["step"] if begun else 0)
-            if schedule.last_epoch != done:
-                raise ValueError(f"steps {done} and {schedule.last_epoch}")
-        except Exception as error:                                   # parts missing, of other shapes
-            die(f"cannot resume {folder}, its last.pt does not fit ({error}): start a new run")
-
-    def checkpoint():
-        losses = [line["loss"] for line in history[-1:]]
-        if not (np.isfinite(losses).all() and all(weight.isfinite().all() for weight in model.parameters())):
-            die(f"loss or weights are not finite after epoch {len(history)}: start anew, with a lower --lr")
-        whole = {name: part.state_dict() for name, part in parts.items()}
-        whole.update(config=vars(args), history=history, begun=begun, torch_rng=torch.get_rng_state(),
-                     generators=runs.everyone(generator.get_state()))
-        if runs.rank() == 0:
-            with runs.whole(folder / "last.pt") as file:
-                torch.save(whole, file)
-            runs.write_text(folder / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in history))
-        return time.monotonic()
-
-    if args.compile:
-        # Its own layouts would be channels last for narrow encoders too: see Encoder.
-        model.compile(options={"layout_optimization": False})
-    run_model = runs.parallel(model)
-    own = runs.own_part(args.batch)
-    bar = tqdm(total=total, initial=schedule.last_epoch, unit="step", disable=runs.rank() > 0)
-    with bar, runs.noted_signals() as caught:
-        saved = checkpoint()
-        for epoch in range(len(history) + 1, args.epochs + 1):
-            model.train()
-            if not begun:
-                order = torch.randperm(len(images), generator=generator, device=device)[:steps * step_size]
-                begun = {"order": runs.first(order.cpu()), "step": 0, "sums": {}}
-            sums = begun["sums"]
-            order = begun["order"].to(device).view(steps, args.accumulate, args.batch)
-            for batches in order[begun["step"]:]:
-                optimizer.zero_grad()
-                for index in batches:                                # the numbers of `batch` images
-                    x = pixels(images, index[own].cpu(), device)
-                    views = two_views(x, generator, data.view)
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-                        terms, notes = run_model(*views, index)
-                    loss = sum(terms.values())
-                    (loss / args.accumulate).backward()
-                    for name, value in {"loss": loss, **terms, **notes}.items():
-                        # Not .item(): no waiting for a GPU.
-                        sums[name] = sums.get(name, 0) + torch.as_tensor(value).detach()
-                optimizer.step()
-                schedule.step()
-                bar.update()
-                if bar.n % 10 == 0:
-                    bar.set_postfix(loss=loss.item())
-                begun["step"] += 1
-                late = time.monotonic() - saved > 60 * args.save_minutes
-                late, stop = runs.agreed([late, max(caught, default=0)], device)
-                if late or stop:
-                    saved = checkpoint()
-                if stop:                                             # the signal's number
-                    bar.close()
-                    runs.leave(stop, folder)
-
-            line = {name: value.item() / (steps * args.accumulate) for name, value in sums.items()}
-            model.eval()
-            if meters:
-                line["meters"] = meters(model)
-            if epoch % max(1, args.epochs // 8) == 0:                # some eight times
-                h_test = encode(model.encoder, few.test_images, device=device)
-                with torch.no_grad():
-                    z = model.projector(h_test[some(len(h_test), 256)])
-                line["RankMe"] = collapse_panel(z)["RankMe"]
-                if data.labels is not None:
-                    h = encode(model.encoder, few.images, device=device)
-                    line["knn"] = knn_accuracy(h, few.labels, h_test, few.test_labels)
-            history.append({"epoch": epoch, **line})
-            begun = None
-            saved = checkpoint()
-    if caught:                                                       # after the last step
-        runs.leave(caught[-1], folder)
-    return history
-
-
-# ---- Report ------------------------------------------------------------------------------------------------
-# Features [n, E] of training and test images on the CPU, what probe() gives, panels by name.
-Findings = namedtuple("Findings", "h h_test probe panels")
-
-
-def small_pixels(x):
-    """Images [n, C, *S] -> [n, numbers], on canvases of 32 x 32 or 16 x 16 x 16 at most."""
-    most = 32 if x.ndim == 4 else 16
-    sides = [min(side, most) for side in x.shape[2:]]
-    return F.interpolate(x, sides, mode="area").flatten(1)
-
-
-def probe(data, h, h_test):
-    """Accuracy of k-NN, of a linear probe and from 1, 5, 10 labels a class.
-
-    linear: logistic regression on standardised features, 300 steps at most.
-    """
-    if data.labels is None:
-        return {}
-    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                              # of raw pixels: they go on for minutes
-        linear.fit(h, data.labels)
-    known = h, data.labels, h_test, data.test_labels
-    return {"k-NN": knn_accuracy(*known), "linear": linear.score(h_test, data.test_labels)} | {
-        f"{labels} a class": few_label_accuracy(*known, labels) for labels in (1, 5, 10)}
-
-
-@torch.no_grad()
-def examine(model, data):
-    """What limited() data show: features, their probe, the panels of h and z on up to 2,000 test images."""
-    model.eval()
-    device = next(model.parameters()).device
-    data = limited(data)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def encode_views(x):
-        return torch.stack([model.encoder(view) for view in two_views(x, generator, data.view)])
-
-    h = encode(model.encoder, data.images, device=device).cpu()
-    h_test = encode(model.encoder, data.test_images, device=device)
-    rows = some(len(h_test), 2000)
-    three_h = h_test[rows], *encode(encode_views, data.test_images, rows, device, axis=1)
-    three_z = [model.projector(features) for features in three_h]
-    panels = {"encoder h": collapse_panel(*three_h), "projector z": collapse_panel(*three_z)}
-    h_test = h_test.cpu()
-    return Findings(h, h_test, probe(data, h, h_test), panels)
-
-
-def begin(model, data, folder):
-    """What every run starts with: a line on what is trained on what, views.png, the untrained findings."""
-    channels, *sides = data.images.shape[1:]
-    canvas = " x ".join(map(str, sides))
-    size = sum(parameter.numel() for parameter in model.parameters())
-    if runs.rank() == 0:
-        plot_views(data, folder)
-    print(f"data: {len(data.images):,} train and {len(data.test_images):,} test images, {channels} "
-          f"channel{'s' * (channels > 1)}, {canvas} ({len(sides)}-D), {len(data.classes) or 'no'} classes; "
-          f"{size:,} parameters on {next(model.parameters()).device}; {folder}")
-    return examine(model, data)
-
-
-def print_table(rows):
-    """{row: {column: number}}, a column as wide as its name."""
-    columns, *_ = rows.values()
-    print(f"\n{'':18}", *(f"{name:>8}" for name in columns))
-    for name, row in rows.items():
-        print(f"{name:18}", *(f"{row[column]:{max(8, len(column))}.4g}" for column in columns))
-
-
-def report(model, data, untrained, history, folder, **more_probes):
-    """How every run ends: probes, panels, a verdict; report.json, encoder.pt, pictures and features.npz."""
-    if runs.rank():
-        return
-    trained = examine(model, data)
-    few = limited(data)
-    pixel_rows = [encode(small_pixels, images) for images in (few.images, few.test_images)]
-    probes = {"raw pixels": probe(few, *pixel_rows)}
-    probes.update({"random encoder": untrained.probe, "trained encoder": trained.probe, **more_probes})
-    panels = {"untrained z": untrained.panels["projector z"], **trained.panels}
-    sentence = verdict(panels["projector z"], panels["untrained z"])
-    runs.write_text(folder / "report.json",
-                    json.dumps({"probes": probes, "panels": panels, "verdict": sentence}, indent=1))
-    encoder = {"config": getattr(model.encoder, "config", {}), "state_dict": model.encoder.state_dict()}
-    with runs.whole(folder / "encoder.pt") as file:
-        torch.save(encoder, file)                                    # Encoder(**config) makes it anew
-
-    if data.labels is not None:
-        print_table(probes)
-    print_table(panels)
-    print(f"\n{sentence}")
-    plot_curves(history, probes, folder)
-    plot_neighbours(few, trained.h, trained.h_test, folder)
-    plot_embedding(few, trained.h_test, folder)
-
-    h, h_test = trained.h, trained.h_test
-    if few is not data:                                              # of all images then
-        device = next(model.parameters()).device
-        h, h_test = [encode(model.encoder, x, device=device).cpu() for x in (data.images, data.test_images)]
-    labels = {}
-    if data.labels is not None:
-        labels = {"train_labels": data.labels, "test_labels": data.test_labels, "classes": data.classes}
-    with runs.whole(folder / "features.npz") as file:
-        np.savez(file, train_features=h, test_features=h_test, **labels)
-    print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-
-
-# ---- Command line ------------------------------------------------------------------------------------------
-def bounded(kind, low, high=math.inf):
-    """An option's type: numbers of this kind in [low, high)."""
-    def number(text):
-        if not low <= kind(text) < high:
-            raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high})")
-        return kind(text)
-    return number
-
-
-def layer_sizes(text):
-    """An option's type: 512-512 -> [512, 512]."""
-    return [bounded(int, 1, 2**20)(size) for size in text.split("-")]
-
-
-def options(batch, epochs, lr, least_batch=1):
-    """The command line that every script has; the defaults of some options are the script's own."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = die
-    parser.set_defaults(encoder=None, digest=None)                   # its config, the data's, once there
-    add = parser.add_argument
-    count = bounded(int, 1)
-    add("--data", default="digits",
-        help="digits, digits3d, a .npz file in MedMNIST's layout, or a folder: of image files (in class "
-        "subfolders or not, in train/ with test/ or val/ or not), of .npy volumes, or of train_images.npy")
-    add("--size", type=bounded(int, 4, 10_000), default=64, help="canvas of images from a folder, N x N")
-    add("--channels-last", action="store_true", help="arrays [N, H, W, C] are images of C bands, not volumes")
-    add("--views", default="auto", choices=["auto", "crops", "poses"],
-        help="what training shows: crops and colours, as of photographs, or poses; auto: crops for RGB")
-    add("--batch", type=bounded(int, least_batch), default=batch,
-        help="images at a time; what is left over after the last step is dropped")
-    add("--epochs", type=count, default=epochs, help="passes over the training images")
-    add("--accumulate", type=count, default=1, help="batches whose gradients are averaged for one step")
-    add("--lr", type=bounded(float, 0), default=lr,
-        help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
-    add("--width", type=bounded(int, 1, 10_000), default=16,
-        help="channels of the encoder's stem; features are 8 x this")
-    add("--depth", type=bounded(int, 1, 1000), default=1, help="residual blocks in each of three stages")
-    add("--seed", type=bounded(int, 0, 2**63), default=0, help="of weights, order and views; not of the data")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--amp", default="off", choices=["off", "bf16"], help="mixed precision; losses stay fp32")
-    add("--compile", action="store_true", help="torch.compile the model; the first step takes a minute")
-    add("--out", type=filled, help="run folder, new or empty; if not given runs/SCRIPT-1, -2, ...")
-    add("--save-minutes", type=bounded(float, 0), default=10.,
-        help="a checkpoint within an epoch is no older than this; there is one after each epoch")
-    add("--init", type=filled,
-        help="a run's folder or encoder.pt: start from its encoder, of its width and depth")
-    add("--resume", type=filled, help="folder of a run to continue, with its own options")
-    return parser
-
-
-def filled(text):
-    """An option's type: any text but none, which an unset variable leaves."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; is a variable unset?")
-    return text
-
-
-def parse(parser):
-    """The options, and the checkpoint to go on from or None; a resumed run keeps its own options, but for
-    --out, which is where it lies now."""
-    args = parser.parse_args()
-    if args.resume is None:
-        return args, None
-    if sum(word.startswith("--") for word in sys.argv) > 1:
-        die("--resume takes no other option: the run keeps its own")
-    try:
-        state = runs.load(Path(args.resume, "last.pt"))
-        config = dict(state["config"])
-        if config.keys() != vars(args).keys():
-            raise ValueError("it is another script's, or another version's")
-        found = {name: config.pop(name) for name in ("encoder", "digest")}
-        Encoder(**found["encoder"])
-        config["out"] = args.resume
-        args = parser.parse_args(runs.as_typed(config))              # what cannot be typed ends here
-    except Exception as error:                                       # missing, cut short, not a checkpoint
-        die(f"cannot resume {args.resume}, its last.pt is no whole checkpoint ({error}): start a new run")
-    return argparse.Namespace(**vars(args) | found), state
-
-
-def data_for(args):
-    """The data; ends the program if this run cannot take them."""
-    try:
-        args.device = runs.join_processes(args.device)
-        torch.zeros(1, device=args.device).item()
-    except Exception as error:                                       # no such device, or none that computes
-        die(f"cannot use --device {args.device} ({str(error).splitlines()[0]}): try --device cpu")
-    if args.batch % runs.processes():
-        die(f"--batch {args.batch} is that of all {runs.processes()} processes: give a multiple")
-    with runs.in_turn():                                             # one decodes, the others find the array
-        data = load_data(args.data, args.size, args.channels_last, args.views)
-    if len(data.images) < max(2, args.batch * args.accumulate) or len(data.test_images) < 4:
-        die(f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images: --batch "
-            f"{args.batch} x {args.accumulate} needs as many training images, 2 at least, and 4 test images")
-    if args.amp != "off" and "cpu" in args.device and len(data.images.shape) == 5:
-        die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
-    found = digest(data.images)
-    if args.digest not in (None, found):
-        die(f"cannot resume: {args.data} holds other images than those this run began with")
-    args.digest = found
-    return data
-
-
-def encoder_for(args, data):
-    """An Encoder for these images, new or that of --init; ends the program if it does not fit them."""
-    channels, *sides = data.images.shape[1:]
-    wanted = dict(channels=channels, axes=len(sides))
-    if args.encoder:                                                 # a resumed run: its weights come later
-        return Encoder(**args.encoder | wanted)
-    if args.init:
-        path = Path(args.init)
-        try:
-            saved = runs.load(path / "encoder.pt" if path.is_dir() else path)
-            encoder = Encoder(**saved["config"])
-            encoder.load_state_dict(saved["state_dict"])
-        except Exception as error:                                   # missing, cut short, another network's
-            die(f"--init {path} has no encoder.pt of these scripts ({error}): give a finished run's folder")
-        if not wanted.items() <= encoder.config.items():
-            die(f"--init {path}: its encoder is {encoder.config}, but {args.data} has {wanted}")
-    else:
-        encoder = Encoder(**wanted, width=args.width, depth=args.depth, large=min(sides) >= 96)
-    args.encoder = encoder.config
-    return encoder
-
-
-def open_folder(args, state):
-    """The run's folder, made where there is none, with config.json in it; --out, or the first free number.
-
-    Ends the program if it holds something else than the run that is resumed. Two runs that start at once do
-    not get one number: then exist_ok is False, and the second one ends.
-    """
-    if runs.rank():
-        return runs.first(None)
-    number = 1
-    while (free := Path("runs", f"{Path(sys.argv[0]).stem}-{number}")).exists():
-        number += 1
-    folder = Path(args.out or free)
-    try:
-        folder.mkdir(parents=True, exist_ok=bool(args.out))
-        runs.hold(folder)
-        there = {file.name for file in folder.iterdir() if file.suffix != ".part"}
-        if not state and there - {"config.json", "views.png"}:       # these alone: its start was cut short
-            die(f"{folder} is not empty: choose another --out, or continue with --resume {folder}")
-        runs.write_text(folder / "config.json", json.dumps(vars(args), indent=1))
-    except BlockingIOError:
-        die(f"another run is at work in {folder}: wait until it ends, or choose another --out")
-    except OSError as error:
-        die(f"cannot write into {folder} ({error.strerror}): choose another --out")
-    return runs.first(folder)
-
-
-# ==== This script ===========================================================================================
-def head_sizes(text):
-    """An option's type: none -> [], or sizes."""
-    return [] if text == "none" else layer_sizes(text)
+def train(model, optimizer, data, run):
+    """Minimise the sum of the model's terms. A step of the optimiser takes `accumulate` batches."""
+    rate = partial(learning_rate, steps=run.total, batch=run.step_size)
+    schedule = LambdaLR(optimizer, rate)
+    call = run.start(model, optimizer, schedule)                     # or goes on where last.pt stands
+    for epoch in run.epochs():
+        model.train()
+        for step in run.steps():                                     # each image once; ends here at a signal
+            optimizer.zero_grad()
+            for index in step:                                       # numbers of `batch` images
+                x = pixels(data.images, run.own(index), run.device)
+                views = two_views(x, run.generator, data.view)       # [B, C, *S] each
+                with run.autocast():
+                    terms, notes = call(*views, index)
+                loss = sum(terms.values())
+                (loss / len(step)).backward()
+                run.log({"loss": loss, **terms, **notes})
+            optimizer.step()
+            model.step()                                             # rows of these images, and the mean
+            schedule.step()
+        model.eval()
+        run.end_epoch(quick_probe(model, data) if run.probing() else {})     # saves, too
 
 
 def main():
-    parser = options(batch=64, epochs=45, lr=3e-3)
+    parser, add = options("IConE", __doc__, batch=64, epochs=45, lr=3e-3)
     at_least_0 = bounded(float, 0)
-    add = parser.add_argument
-    add("--projector", type=head_sizes, default="none", help="sizes of a head's layers, as 512-128, or none")
+    add("--projector", type=layer_sizes_or_none, default="none",
+        help="sizes of a head's layers, as 512-128, or none")
     add("--centre", type=bounded(float, 0, 1), default=0.99, help="momentum of the mean per 64 images, or 0")
     add("--table-init", default="encoder", choices=["encoder", "normal"], help="the table's first value")
     add("--table-on", default="device", choices=["device", "cpu"], help="cpu: if it is too large for the GPU")
@@ -716,9 +264,8 @@ def main():
     add("--bank", type=bounded(int, 2), default=2048,
         help="rows of the table that push those of a step away: all if there are no more, else at random")
     args, state = parse(parser)
-    data = data_for(args)
-    torch.manual_seed(args.seed)
-    encoder = encoder_for(args, data)
+    data = load_data(args)
+    encoder = load_encoder(args, data)
     folder = open_folder(args, state)
 
     model = IConE(encoder, encoder.features, len(data.images), projector=args.projector, centre=args.centre,
@@ -728,13 +275,12 @@ def main():
     if args.table_on == "cpu":
         model.table = model.table.cpu()
     model.start_table(data.images, args.table_init)
-
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=True)
-    optimizer.register_step_post_hook(lambda *_: model.step())
+    run = Run(args, data, folder, state)
     untrained = begin(model, data, folder)
-    history = train(model, optimizer, data, args, folder, state)
-    report(model, data, untrained, history, folder)
+    train(model, optimizer, data, run)
+    report(model, data, untrained, run.history, folder)
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    launch(main)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 import forked
-import vicreg
+from kernels.harness.cli import read_data
 from kernels import collapse_panel, few_label_accuracy, knn_accuracy, verdict
 
 ROOT = Path(__file__).parents[1]
@@ -193,7 +193,7 @@ SLOW = ["no diversity term", "no covariance term, 512 wide", "FALCON, tanh", "FA
 @pytest.fixture(scope="module")
 def reports(request, tmp_path_factory):
     """{run: its report} of the chosen runs, as many at a time as there are cores."""
-    digits = vicreg.load_data("digits")
+    digits = read_data("digits")
     small = tmp_path_factory.mktemp("verdicts")
     np.savez(small / "small.npz",
              train_images=digits.images[:512, 0].clamp(0, 1).numpy(), train_labels=digits.labels[:512].numpy(),

@@ -21,7 +21,8 @@ import falcon
 import forked
 import icone
 import vicreg
-from kernels import runs
+from kernels.harness.files import load_checkpoint
+from kernels.harness.processes import all_gather_object, data_parallel, local_slice
 from test_faults import one_thread                                           # noqa: F401  a fixture: sums in one order
 
 ROOT = Path(__file__).parents[1]
@@ -40,9 +41,10 @@ def model_of(name):
         model.table.normal_()
         torch.nn.functional.normalize(model.table, out=model.table)
     elif name == "falcon":
-        model = falcon.FALCON(encoder, FEATURES, BATCH, projector=(16,), codes=64)
+        model = falcon.FALCON(encoder, FEATURES, falcon.FixedDictionary(64, 16), BATCH, projector=(16,))
     elif name == "alternating":
-        model = falcon.FALCON(encoder, FEATURES, BATCH, projector=(16,), codes=64, dictionary="alternating")
+        dictionary = falcon.AlternatingDictionary(64, 16, BATCH)
+        model = falcon.FALCON(encoder, FEATURES, dictionary, BATCH, projector=(16,))
     else:
         projector = () if name == "ba icone" else (24, 16)
         model = ba_ssl.BASSL(encoder, FEATURES, loss=name.split()[1], projector=projector, count=COUNT)
@@ -54,10 +56,11 @@ def one_step(name):
     generator = torch.Generator().manual_seed(1)
     views = torch.rand(2, BATCH, 1, 12, 12, generator=generator)
     index = torch.randperm(COUNT, generator=generator)[:BATCH]
-    own = runs.own_part(BATCH)
+    own = local_slice(BATCH)
     model = model_of(name)
-    parallel = runs.parallel(model)                                          # averages for as long as it lives
-    terms, notes = parallel(views[0, own], views[1, own], index)
+    parallel = data_parallel(model)                                          # averages for as long as it lives
+    takes_index = name == "icone" or name.startswith("ba ")
+    terms, notes = parallel(views[0, own], views[1, own], *[index] * takes_index)
     sum(terms.values()).backward()
     found = {name: value.detach() for name, value in terms.items()}
     found.update({name: torch.as_tensor(value).detach() for name, value in notes.items()})
@@ -80,7 +83,7 @@ def worker(number, count, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number,
                                          world_size=count)
-    everything = runs.everyone({name: one_step(name) for name in METHODS})
+    everything = all_gather_object({name: one_step(name) for name in METHODS})
     if number == 0:
         torch.save(everything, folder / "found.pt")
     torch.distributed.destroy_process_group()
@@ -230,7 +233,7 @@ def whole_files(folder):
             lines = [file.read_text()] if file.suffix == ".json" else file.read_text().splitlines()
             assert all(json.loads(line) for line in lines)
         elif file.suffix == ".pt":
-            runs.load(file)
+            load_checkpoint(file)
         elif file.suffix == ".npz":
             assert all(array is not None for array in np.load(file).values())
         elif file.suffix == ".png":

@@ -16,8 +16,11 @@ import ba_ssl
 import falcon
 import icone
 import vicreg
-from kernels import runs
-from kernels.views import posed_view
+from kernels.harness import cli, probes, processes, run
+from kernels.harness.files import atomic_write, load_checkpoint, lock_folder
+from kernels.harness.images import Data
+from kernels.harness.run import Run
+from kernels.harness.views import posed_view
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,11 +38,11 @@ def one_thread():
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "last.pt"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), runs.whole(path) as file:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
         file.write(b"half of the n")
         1 / 0
     assert path.read_text() == "old"
-    with runs.whole(path) as file:                                   # what the failure left is no obstacle
+    with atomic_write(path) as file:                                   # what the failure left is no obstacle
         file.write(b"new")
     assert path.read_text() == "new"
     assert [*tmp_path.iterdir()] == [path]
@@ -50,23 +53,26 @@ def test_a_link_put_in_the_way_is_not_followed(tmp_path):
     victim.write_text("mine")
     (tmp_path / "last.pt.part").symlink_to(victim)
     (tmp_path / "last.pt").symlink_to(victim)
-    with runs.whole(tmp_path / "last.pt") as file:
+    with atomic_write(tmp_path / "last.pt") as file:
         file.write(b"new")
     assert victim.read_text() == "mine"
     assert (tmp_path / "last.pt").read_text() == "new"
 
 
 def test_a_folder_is_held_once(tmp_path):
-    runs.hold(tmp_path)
+    lock_folder(tmp_path)
     with pytest.raises(BlockingIOError):
-        runs.hold(tmp_path)
+        lock_folder(tmp_path)
 
 
 # ---- Signals -----------------------------------------------------------------------------------------------
 def small_data(view=posed_view):
     x = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     y = torch.arange(24) % 3
-    return vicreg.Data(x, y, x[:9], y[:9], view=view)
+    return Data(x, y, x[:9], y[:9], view=view)
+
+
+SCRIPTS = {"vicreg": vicreg, "icone": icone, "falcon": falcon, "ba_ssl": ba_ssl}
 
 
 def model_and_optimizer(name):
@@ -78,12 +84,10 @@ def model_and_optimizer(name):
         model = icone.IConE(encoder, 32, 24, bank=12)                # a random bank: torch's own generator
         model.start_table(small_data().images)
     elif name == "falcon":
-        model = falcon.FALCON(encoder, 32, 8, projector=(16,), codes=64)
+        model = falcon.FALCON(encoder, 32, falcon.FixedDictionary(64, 16), 8, projector=(16,))
     else:
         model = ba_ssl.BASSL(encoder, 32, ba_ssl.BatchFusion(8), projector=(16, 16))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    if name == "icone":
-        optimizer.register_step_post_hook(lambda *_: model.step())
     return model, optimizer
 
 
@@ -91,11 +95,14 @@ def trained(name, folder, view=posed_view, state=None):
     """A run of 4 epochs of 3 steps of 2 batches of 4: its history and weights."""
     folder.mkdir(exist_ok=True)
     size, accumulate = (8, 1) if name in ("falcon", "ba_ssl") else (4, 2)
-    args = argparse.Namespace(batch=size, accumulate=accumulate, epochs=4, seed=0, amp="off", compile=False,
-                              save_minutes=10.)
+    args = argparse.Namespace(batch=size, accumulate=accumulate, epochs=4, seed=0, device="cpu", amp="off",
+                              compile=False, save_minutes=10., beta=1., beta_rise=1.)
     model, optimizer = model_and_optimizer(name)
-    history = vicreg.train(model, optimizer, small_data(view), args, folder, state)
-    return history, model.state_dict()
+    data = small_data(view)
+    run = Run(args, data, folder, state)
+    meters = [lambda model: {}] if name == "ba_ssl" else []
+    SCRIPTS[name].train(model, optimizer, data, run, *meters)
+    return run.history, model.state_dict()
 
 
 @pytest.mark.parametrize("name", ["vicreg", "icone", "falcon", "ba_ssl"])
@@ -121,7 +128,7 @@ def test_a_signal_inside_an_epoch_saves_the_step_and_the_run_goes_on_to_the_bit(
         assert end.value.code == 128 + number
         line, = [line for line in capsys.readouterr().err.splitlines() if "--resume" in line]
         assert f"ended by {number.name}" in line and str(folder) in line
-        state = runs.load(folder / "last.pt")
+        state = load_checkpoint(folder / "last.pt")
         again, weights_again = trained(name, folder, state=state)
         assert again == history
         assert all(torch.equal(weights[key], weights_again[key]) for key in weights)
@@ -129,9 +136,9 @@ def test_a_signal_inside_an_epoch_saves_the_step_and_the_run_goes_on_to_the_bit(
 
 def test_a_checkpoint_within_an_epoch_is_no_older_than_save_minutes(tmp_path, monkeypatch):
     now = iter(range(0, 10**6, 400))                                 # each look at the clock is 400 s later
-    monkeypatch.setattr(vicreg.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(now))
     saves = []
-    monkeypatch.setattr(vicreg.torch, "save", lambda state, file: saves.append((state["begun"] or {}).get("step")))
+    monkeypatch.setattr(run.torch, "save", lambda state, file: saves.append(state["done"]))
     trained("vicreg", tmp_path)
     within = [step for step in saves if step]
     assert len(saves) - len(within) == 5                             # the start, and after each of 4 epochs
@@ -156,11 +163,11 @@ def finished(tmp_path_factory):
 def call(folder, *arguments):
     """vicreg.py in this process -> its exit code; a traceback is an error of the test."""
     before = os.getcwd(), sys.argv, torch.get_rng_state()
-    handlers = [signal.getsignal(number) for number in runs.SIGNALS]
+    handlers = [signal.getsignal(number) for number in processes.SIGNALS]
     os.chdir(folder)
     sys.argv = ["vicreg.py", *map(str, arguments)]
     try:
-        runs.run(vicreg.main)
+        processes.launch(vicreg.main)
         return 0
     except SystemExit as end:
         return end.code
@@ -168,7 +175,7 @@ def call(folder, *arguments):
         os.chdir(before[0])
         sys.argv = before[1]
         torch.set_rng_state(before[2])
-        for number, handler in zip(runs.SIGNALS, handlers):
+        for number, handler in zip(processes.SIGNALS, handlers):
             signal.signal(number, handler)
 
 
@@ -185,7 +192,7 @@ def said(capsys, code, found):
 
 def test_two_runs_in_one_folder_or_two_resumes_of_one(finished, tmp_path, capsys):
     folder = copied(finished, tmp_path)
-    runs.hold(folder / "run")                                        # as a run does that is still at work
+    lock_folder(folder / "run")                                      # as a run does that is still at work
     before = (folder / "run" / "last.pt").read_bytes()
     said(capsys, call(folder, "--resume", "run"), "another run is at work in run")
     said(capsys, call(folder, *SMALL, "--out", "run"), "another run is at work in run")
@@ -212,7 +219,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stands(finished, t
     assert (again, anew, len(lines)) == (2, 2, 2)
     assert all("cannot read or write" in line and "then go on with --resume" in line for line in lines)
     assert (folder / "run" / "last.pt").read_bytes() == before
-    monkeypatch.setattr(runs, "hold", lambda folder: None)           # this process has it still
+    monkeypatch.setattr(cli, "lock_folder", lambda folder: None)           # this process has it still
     assert call(folder, *SMALL, "--out", "new") == 0                 # what the failure left does not block it
 
 
@@ -222,8 +229,8 @@ def test_a_folder_that_is_removed_ends_the_run_in_one_line(finished, tmp_path, c
     def view(x, generator):
         shutil.rmtree(folder / "new", ignore_errors=True)
         return posed_view(x, generator)
-    monkeypatch.setattr(vicreg, "posed_view", view)
-    monkeypatch.setattr(vicreg, "plot_views", lambda *_: None)       # draws views before there is a checkpoint
+    monkeypatch.setattr(cli, "posed_view", view)
+    monkeypatch.setattr(probes, "plot_views", lambda *_: None)       # draws views before there is a checkpoint
     said(capsys, call(folder, *SMALL, "--out", "new"), "No such file or directory")
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-import vicreg
-from kernels.images import read_images
+from kernels.harness.cli import options
+from kernels.harness.images import read_images
 from test_faults import SMALL, call, finished, one_thread            # noqa: F401  two fixtures
 
 
@@ -187,9 +187,9 @@ VALUES = ["", "0", "1", "2", "-1", "3", "1.5", "1e9", "1e30", "nan", "inf", "-in
 def test_command_lines(seed, finished, tmp_path, capsys):            # noqa: F811
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
     rng = random.Random(seed)
-    parser = vicreg.options(batch=8, epochs=1, lr=1e-3)
+    parser, _ = options("VICReg", "", batch=8, epochs=1, lr=1e-3)
     names = [*vars(parser.parse_args([])), "projector", "invariance", "nothing"]
-    names = [name for name in names if name not in ("epochs", "encoder", "digest", "compile")]
+    names = [name for name in names if name not in ("epochs", "encoder", "digest", "version", "compile")]
     words = [word for name in rng.sample(names, rng.randint(1, 3))
              for word in (f"--{name.replace('_', '-')}", rng.choice(VALUES))]
     code = call(folder, *SMALL, *words)

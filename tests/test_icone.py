@@ -74,32 +74,33 @@ def test_diversity_and_gradient_equal_the_textbook(kind):
 # ---- The table ---------------------------------------------------------------------------------------------
 def test_a_table_that_is_no_larger_than_the_bank_is_the_bank():
     net = model(images())
-    bank, own = net.bank_for(torch.tensor([2, 7, 11]))
+    places, bank = net.bank_of_step("cpu")
     assert torch.equal(bank, net.table)
-    assert own.tolist() == [2, 7, 11]
+    assert icone.column_to_exclude(places, torch.tensor([2, 7, 11])).tolist() == [2, 7, 11]
 
 
 def test_the_bank_of_a_large_table_has_distinct_rows_from_all_of_it():
     net = model(images(50), bank=20)
     seen = torch.zeros(50)
     for _ in range(400):
-        net.sample = None
-        bank, own = net.bank_for(torch.arange(50))
-        assert bank.shape == (20, 6) and torch.equal(bank, net.table[net.sample[0]])
-        assert (net.sample[0].diff() > 0).all()
-        there = torch.isin(torch.arange(50), net.sample[0])
-        assert torch.equal(net.sample[0][own[there]], torch.arange(50)[there])
-        assert (own[~there] == 19).all()                                 # as many are left for each
-        seen[net.sample[0]] += 1
+        net.drawn = None
+        places, bank = net.bank_of_step("cpu")
+        column = icone.column_to_exclude(places, torch.arange(50))
+        assert bank.shape == (20, 6) and torch.equal(bank, net.table[places])
+        assert (places.diff() > 0).all()
+        there = torch.isin(torch.arange(50), places)
+        assert torch.equal(places[column[there]], torch.arange(50)[there])
+        assert (column[~there] == 19).all()                              # as many are left for each
+        seen[places] += 1
     assert seen.min() >= 100 and seen.max() <= 220                       # 160 each, but for chance
 
 
 def test_the_bank_stays_until_the_step():
     net = model(images(50), bank=20)
-    first, _ = net.bank_for(torch.tensor([1]))
-    assert torch.equal(net.bank_for(torch.tensor([30]))[0], first)
+    _, first = net.bank_of_step("cpu")
+    assert torch.equal(net.bank_of_step("cpu")[1], first)
     net.step()
-    assert not torch.equal(net.bank_for(torch.tensor([30]))[0], first)
+    assert not torch.equal(net.bank_of_step("cpu")[1], first)
 
 
 def test_a_step_moves_the_rows_of_its_images_and_no_other():
@@ -119,7 +120,7 @@ def test_a_step_moves_the_rows_of_its_images_and_no_other():
     torch.testing.assert_close(net.table[index], F.normalize(rows - .3 * gradient))
     others = torch.ones(12, dtype=torch.bool).index_fill(0, index, False)
     assert torch.equal(net.table[others], before[others])
-    assert not net.moving
+    assert not net.taken
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -187,7 +188,7 @@ def test_no_sample_sees_another_one_of_its_batch():
         view1[2], view2[2], index[2] = images(9, 3)[last], images(9, 4)[last], 9 - last
         views = view1.requires_grad_(), view2.requires_grad_()
         alignment = net(*views, index)[0]["alignment"]
-        (_, rows), = net.moving
+        (_, rows), = net.taken
         gradients.append(torch.autograd.grad(alignment, (*views, rows)))
     for a, b in zip(*gradients):
         assert torch.equal(a[:2], b[:2])
@@ -198,7 +199,8 @@ def updated(net, batches, views, index):
     """The state after one SGD step whose gradient is averaged over batches."""
     optimizer = torch.optim.SGD(net.parameters(), .1)
     for batch in batches:
-        terms, _ = net(*(view[batch] for view in views), index[batch])
+        numbers = [index[batch]] if isinstance(net, icone.IConE) else []
+        terms, _ = net(*(view[batch] for view in views), *numbers)
         (sum(terms.values()) / len(batches)).backward()
     optimizer.step()
     if isinstance(net, icone.IConE):

@@ -23,8 +23,9 @@ import torch
 from PIL import Image
 
 import forked
-import kernels.images
 import vicreg
+from kernels.harness import images as harness_images
+from kernels.harness.cli import read_data
 
 ROOT = Path(__file__).parents[1]
 ALL = ["vicreg.py", "icone.py", "falcon.py", "ba_ssl.py"]
@@ -593,10 +594,11 @@ def test_a_mistake_gets_one_line_and_exit_code_2(run, message):
     assert not [*run.folder.glob("runs/vicreg*")]
 
 
-# ---- README's snippets -------------------------------------------------------------------------------------
+# ---- Snippets of the harness's page ---------------------------------------------------------------------------
 def snippet(words):
-    """The one block of Python in README that has these words."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    """The one block of Python in kernels/harness/README.md that has these words."""
+    page = (ROOT / "kernels" / "harness" / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
     block, = (block for block in blocks if words in block)
     return block
 
@@ -733,7 +735,7 @@ class models:
 
 def test_another_backbone_takes_the_encoders_place(tmp_path):
     script = (ROOT / "vicreg.py").read_text()
-    line = "    encoder = encoder_for(args, data)\n"
+    line = "    encoder = load_encoder(args, data)\n"
     assert script.count(line) == 1
     (tmp_path / "vicreg.py").write_text(script.replace(line, snippet("resnet18")))
     (tmp_path / "torchvision.py").write_text(TORCHVISION)
@@ -744,7 +746,6 @@ def test_another_backbone_takes_the_encoders_place(tmp_path):
     assert np.load(tmp_path / "runs" / "vicreg-1" / "features.npz")["train_features"].shape == (32, 512)
 
 
-
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     def full(path, arrays, count):
         path.write_bytes(next(arrays).tobytes())
@@ -752,9 +753,9 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
 
     write_classes(tmp_path / "photos", "cat", "dog", count=4)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kernels.images, "write_array", full)
+    monkeypatch.setattr(harness_images, "write_array", full)
     with pytest.raises(ValueError, match=r"cannot write what 8 files decode to .*No space left.*another folder"):
-        kernels.images.read_images("photos")
+        harness_images.read_images("photos")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
@@ -864,9 +865,9 @@ def test_decoding_uses_all_cores_and_is_done_once(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     paths = sorted(Path("photos").rglob("*.jpg"))
     single = timed(lambda: [np.asarray(Image.open(path).convert("RGB").resize((224, 224))) for path in paths[::10]]) / 200
-    decoded = kernels.images.for_each(partial(kernels.images.decode, size=224, mode="RGB"), paths, "decoding")
+    decoded = harness_images.for_each(partial(harness_images.decode, size=224, mode="RGB"), paths, "decoding")
     threads = timed(lambda: [None for _ in decoded]) / 2000
-    first, second = (timed(lambda: vicreg.load_data("photos", 224)) for _ in range(2))
+    first, second = (timed(lambda: read_data("photos", 224)) for _ in range(2))
     with capsys.disabled():
         print(f"one thread {1 / single:.0f} images/s, all {1 / threads:.0f}; starts {first:.2f} s and {second:.2f} s")
     assert second <= first / 10

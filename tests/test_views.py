@@ -1,16 +1,86 @@
-"""Crops and colours: what each step does, and how often, measured on the images that come out."""
+"""views.py: poses; crops and colours, what each step does, and how often, measured on the images that come out."""
 import math
 
 import pytest
 import torch
 
-from kernels import views
+from kernels.harness import views
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+# ---- Poses -------------------------------------------------------------------------------------------------
+def still(n, axes):
+    """Angles, scale and shift that change nothing."""
+    return torch.zeros(n, axes * (axes - 1) // 2), torch.ones(n), torch.zeros(n, axes)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_warp_without_a_pose_changes_nothing(axes):
+    x = torch.rand(2, 1, *[9] * axes)
+    torch.testing.assert_close(views.warp(x, *still(2, axes), x.shape[2:]), x)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_warp_by_a_quarter_turns_the_first_plane(axes):
+    x = torch.rand(2, 1, *[9] * axes)
+    angles, scale, shift = still(2, axes)
+    angles[:, 0] = torch.pi / 2
+    turned = views.warp(x, angles, scale, shift, x.shape[2:])
+    def plane(x):                                                        # in 3-D the first plane holds the depth axis
+        return x.flatten(0, 1) if axes == 2 else x[:, 0].movedim(1, 0).flatten(0, 1)
+    either_way = [(plane(turned) - plane(x).rot90(k, (1, 2))).abs().max() for k in (1, 3)]
+    assert min(either_way) < 1e-5
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_warp_by_a_half_takes_every_second_pixel(axes):
+    x = torch.rand(2, 1, *[9] * axes)
+    angles, scale, shift = still(2, axes)
+    half = views.warp(x, angles, scale / 2, shift, x.shape[2:])
+    every_second = x[(..., *[slice(None, None, 2)] * axes)]              # 5 of 9 along each axis, the centre kept
+    torch.testing.assert_close(half[(..., *[slice(2, 7)] * axes)], every_second)
+    assert (half[..., 0] == 0).all()                                     # outside
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_warp_shifts_by_half_canvases_and_takes_numbers_that_broadcast(axes):
+    x = torch.rand(2, 1, *[9] * axes)
+    angles, scale, _ = still(2, axes)
+    one_pixel = torch.eye(axes)[:1].expand(2, axes) * 2 / 9              # along the last axis
+    moved = views.warp(x, angles, scale, one_pixel, x.shape[2:])
+    torch.testing.assert_close(moved[..., 1:], x[..., :-1])
+    wide = [numbers.reshape(2, -1, *[1] * axes) for numbers in (angles, scale, one_pixel)]
+    assert torch.equal(views.warp(x, *wide, x.shape[2:]), moved)
+
+
+def test_warp_keeps_lengths_where_canvases_are_not_square():
+    bar = torch.zeros(1, 1, 21, 41)
+    bar[..., 9:12, 5:36] = 1
+    upright = views.warp(bar, torch.tensor([[torch.pi / 2]]), torch.ones(1), torch.zeros(1, 2), bar.shape[2:])
+    assert upright[0, 0, :, 20].sum() == pytest.approx(21)               # the whole height
+    assert upright[0, 0, 10].sum() == pytest.approx(3)
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 12), (3, 12, 12), (1, 8, 8, 8), (3, 8, 8, 8)])
+def test_views_differ_by_sample_and_by_draw_and_follow_the_generator(shape):
+    x = torch.rand(1, *shape).expand(4, *shape)
+    a, b = views.two_views(x, torch.Generator().manual_seed(3), views.posed_view)
+    again, _ = views.two_views(x, torch.Generator().manual_seed(3), views.posed_view)
+    assert a.shape == x.shape and torch.equal(a, again)
+    assert (a - b).abs().mean() > .02 and (a[0] - a[1]).abs().mean() > .02
+
+
+def test_uniform_numbers_broadcast_over_their_sample():
+    x = torch.rand(5, 3, 4, 4, 4)
+    numbers = views.uniform(x, torch.Generator().manual_seed(0), 2, 3, size=3)
+    assert numbers.shape == (5, 3, 1, 1, 1)
+    assert 2 <= numbers.min() and numbers.max() < 3
+
+
+# ---- Crops and colours -------------------------------------------------------------------------------------
 def test_views_of_photographs_lie_in_0_to_1_differ_and_can_be_repeated():
     x = torch.rand(40, 3, 32, 32, generator=seeded())
     before = x.clone()

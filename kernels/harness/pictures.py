@@ -13,7 +13,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from sklearn.manifold import TSNE
 
 from .images import fixed_order, pixels
-from .runs import whole
+from .files import atomic_write
 from .views import two_views
 
 NO_TERMS = "epoch", "loss", "RankMe", "knn", "meters"    # of a line of the history; the others are loss terms
@@ -21,7 +21,7 @@ NO_TERMS = "epoch", "loss", "RankMe", "knn", "meters"    # of a line of the hist
 
 def save_figure(figure, path):
     """A picture that is never half written."""
-    with whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
 
@@ -54,6 +54,54 @@ def plot_curves(history, probes, folder):
     for axis in axes:
         axis.set_xlabel("epoch")
     save_figure(figure, folder / "curves.png")
+
+
+def plot_meters(history, codes, derived, z, folder):
+    """meters.png of falcon.py: the loss beside {name: its derived value}, and the meters of four collapses.
+
+    codes: how many there are; z [N, f]: embeddings at the end.
+    """
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 3).ravel()
+    loss, spread, dimensions, eigenvalues, clusters, within = axes
+    epochs = [line["epoch"] for line in history]
+
+    losses = [line["loss"] for line in history]
+    loss.plot(epochs, losses, label="loss")
+    names = {value: name for name, value in derived.items()}         # of equal values the last, the optimum
+    styles = "--", "-.", ":"
+    for (value, name), style in zip(names.items(), styles):
+        loss.axhline(value, color="gray", ls=style, label=name)
+    _, top = loss.get_ylim()
+    loss.set(title="loss", ylim=(0, 1.6 * top), ylabel="nats")       # room for the legend
+
+    def plot(axis, name, label, change=np.asarray):
+        values = [line["meters"].get(name, math.nan) for line in history]
+        axis.plot(epochs, change(values), label=label)
+
+    plot(spread, "std", "std of a dimension (one point: 0)")
+    plot(spread, "cosine", "mean cosine of two images (one point: 1)")
+    plot(dimensions, "dimensions", f"of {z.shape[1]}")
+    plot(clusters, "codes", f"likeliest code of an image, of {codes}")
+    plot(clusters, "assignment_entropy", "exp entropy of the mean assignment", np.exp)     # in codes, too
+    plot(within, "mixture_entropy_10", "of 10 Gaussians")
+    spread.set(title="representation collapse", ylim=(None, 1))
+    dimensions.set(title="dimensional collapse", ylabel="dimensions in use", ylim=(0, None))
+    clusters.set(title="cluster collapse", yscale="log", ylabel="codes in use")
+    within.set(title="intracluster collapse", ylabel="entropy / f, nats")
+    for axis in (loss, spread, dimensions, clusters, within):
+        axis.set_xlabel("epoch")
+
+    z = z.double()
+    second_moment = z.T @ z / len(z)
+    spectrum = torch.linalg.eigvalsh(second_moment)
+    largest_first = spectrum.flip(0).clamp(min=1e-12)
+    places = range(1, len(spectrum) + 1)
+    eigenvalues.semilogy(places, largest_first, label="of z^T z / N, at the end")
+    eigenvalues.set(title="its spectrum", xlabel="eigenvalue, by size", ylabel="eigenvalue")
+    for axis in axes:
+        axis.legend(fontsize=7)
+    save_figure(figure, folder / "meters.png")
 
 
 # ---- Images ------------------------------------------------------------------------------------------------
@@ -122,16 +170,17 @@ def plot_embedding(data, h_test, folder):
     rows = fixed_order(len(h_test))[:1000]
     perplexity = min(30, len(rows) / 4)
     places = h_test[rows, :2]
-    if h_test[rows].std(0).max() > 1e-6 * h_test[rows].abs().max():      # TSNE crashes on one point
+    shown = h_test[rows]
+    if shown.std(0).max() > 1e-6 * shown.abs().max():    # TSNE crashes on one point
         tsne = TSNE(perplexity=perplexity, random_state=0)
-        places = tsne.fit_transform(h_test[rows])        # [n, 2]
+        places = tsne.fit_transform(shown)               # [n, 2]
     figure = Figure(figsize=(6, 5.2))
     axis = figure.subplots()
 
     if data.labels is None:
         axis.scatter(*places.T, s=1)
-        few = pixels(data.test_images, rows[:150])
-        for place, x in zip(places, few):
+        images = pixels(data.test_images, rows[:150])
+        for place, x in zip(places, images):
             zoom = 20 / x.shape[-1]
             image = OffsetImage(picture(x), zoom=zoom)
             axis.add_artist(AnnotationBbox(image, place, frameon=False))

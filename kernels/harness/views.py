@@ -46,7 +46,8 @@ def warp(x, angles, scale, shift, sides):
     length = x.new_tensor(sides[::-1])
     inverse = inverse * length
     inverse = inverse / length[:, None]                              # pixels stay square on other canvases
-    offset = -inverse @ shift.view(n, axes, 1)
+    shift = shift.view(n, axes, 1)
+    offset = -inverse @ shift
     theta = torch.cat([inverse, offset], 2)                          # [N, axes, axes + 1]
     grid = F.affine_grid(theta, [n, channels, *sides], align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
@@ -96,12 +97,14 @@ def random_crop(x, generator):
     stretch = math.log(4 / 3)
     ratio = draw(-stretch, stretch).exp()                            # of width to height
     box = torch.cat([area * ratio, area / ratio], 1)
-    box = box.sqrt().clamp(max=1)                                    # [N, 2, 1, 1], in canvases
+    box = box.sqrt()
+    box = box.clamp(max=1)                                           # [N, 2, 1, 1], in canvases
     half_a_pixel = 1 / x.shape[-1]
     room = (1 - box) * (1 - half_a_pixel)                            # what lies outside would be black
     centre = room * draw(-1, 1, 2)
     side = draw(-1, 1).sign()
-    box = box * torch.cat([side, torch.ones_like(side)], 1)
+    upright = torch.ones_like(side)
+    box = box * torch.cat([side, upright], 1)
     no_turn = torch.zeros_like(area)
     return warp(x, no_turn, 1 / box, -centre / box, x.shape[2:])
 
@@ -118,18 +121,23 @@ def random_colours(x, generator):
     eye = torch.eye(3, device=x.device)
     luma = x.new_tensor(LUMA).expand(3, 3)                           # colours to three times their brightness
     across = eye.roll(1, 0) - eye.roll(1, 1)                         # across the gray axis: turns hue
-    brightness, contrast, saturation = draw(0.6, 1.4), draw(0.6, 1.4), draw(0.8, 1.2)
+    brightness = draw(0.6, 1.4)
+    contrast = draw(0.6, 1.4)
+    saturation = draw(0.8, 1.2)
     turn = 2 * math.pi / math.sqrt(3) * draw(-0.1, 0.1)
+    to_hue = torch.matrix_exp(turn * across)
 
     mean = luma @ x.mean((2, 3))[:, :, None]                         # [N, 3, 1]
     offset = (1 - contrast) * brightness * mean
-    colours = torch.matrix_exp(turn * across) @ torch.lerp(luma, eye, saturation)
+    colours = to_hue @ torch.lerp(luma, eye, saturation)
     colours = contrast * brightness * colours
     jittered = draw(0, 1) < 0.8
     offset = offset * jittered
     colours = torch.where(jittered, colours, eye)
-    colours = torch.where(draw(0, 1) < 0.2, luma @ colours, colours)
-    return torch.baddbmm(offset, colours, x.flatten(2)).clamp_(0, 1).view_as(x)
+    gray = draw(0, 1) < 0.2
+    colours = torch.where(gray, luma @ colours, colours)
+    jittered_x = torch.baddbmm(offset, colours, x.flatten(2))
+    return jittered_x.clamp_(0, 1).view_as(x)
 
 
 def blur(x, sigma):

@@ -73,8 +73,8 @@ def in_parts(images, rows=None):
     """Row numbers in parts of 256 images, fewer if they are large; a bar where it takes seconds."""
     if rows is None:
         rows = torch.arange(len(images))
-    few = max(1, 2**23 // images[:1].numel())
-    return tqdm(rows.split(min(256, few)), delay=3, leave=False)
+    fitting = max(1, 2**23 // images[:1].numel())
+    return tqdm(rows.split(min(256, fitting)), delay=3, leave=False)
 
 
 def fixed_order(n):
@@ -82,14 +82,14 @@ def fixed_order(n):
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
-def some(n, most):
+def sample_rows(n, most):
     """All row numbers below n, or `most` at random, in order."""
     return fixed_order(n)[:most].sort().values
 
 
 def digest(images):
-    """A number that images have in common with no others, of how many there are and of 100 of them."""
-    looked_at = images[some(len(images), 100)]
+    """CRC-32 of 100 of the images, begun with how many there are: whether a resumed run finds its own."""
+    looked_at = images[sample_rows(len(images), 100)]
     return zlib.crc32(looked_at.numpy().tobytes(), len(images))
 
 
@@ -104,8 +104,8 @@ def limited(data, most=10_000):
     """The data with `most` images of each split at most, the same in every run: what probes look at."""
     if max(len(data.images), len(data.test_images)) <= most:
         return data
-    train = some(len(data.images), most)
-    test = some(len(data.test_images), most)
+    train = sample_rows(len(data.images), most)
+    test = sample_rows(len(data.test_images), most)
     data = data._replace(images=choose(data.images, train), test_images=choose(data.test_images, test))
     if data.labels is None:
         return data
@@ -364,7 +364,7 @@ def read_images(name, size=64, channels_last=False):
                          "testing; both must be of one shape")
     y, y_test, classes = number_classes(name, y, y_test)
 
-    shown = x[some(len(x), 100)].flatten(1)
+    shown = x[sample_rows(len(x), 100)].flatten(1)
     flat = shown.amax(1) == shown.amin(1)
     if flat.all():
         raise ValueError(f"{name}: of {len(flat)} images looked at each is of one value throughout")

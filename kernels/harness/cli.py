@@ -1,0 +1,232 @@
+"""The command line: options that every script has, and what main() makes of them before it has a model.
+
+    parser, add = options("VICReg", __doc__, batch=128, epochs=45, lr=3e-3)
+    add("--variance", type=bounded(float, 0), default=25.)   # the method's own come first in --help
+    args, state = parse(parser)                              # state: the checkpoint to go on from, or None
+    data = load_data(args)
+    encoder = load_encoder(args, data)
+    folder = open_folder(args, state)
+
+A user's mistake ends the program with one line that says what to do, and exit code 2.
+"""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from .digits import posed_digits
+from .encoder import Encoder
+from .files import atomic_write_text, load_checkpoint, lock_folder
+from .images import digest, read_images
+from .processes import broadcast, die, join_process_group, main_process_first, rank, world_size
+from .views import cropped_view, posed_view
+
+NOT_TYPED = "encoder", "digest", "version"           # what config.json holds beside the options
+
+
+# ---- Types of options --------------------------------------------------------------------------------------
+def bounded(kind, low, high=math.inf):
+    """Numbers of this kind in [low, high)."""
+    def number(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high})")
+        return kind(text)
+    return number
+
+
+def layer_sizes(text):
+    """512-512 -> [512, 512]."""
+    return [bounded(int, 1, 2**20)(size) for size in text.split("-")]
+
+
+def layer_sizes_or_none(text):
+    """As layer_sizes; none -> []."""
+    return [] if text == "none" else layer_sizes(text)
+
+
+def filled(text):
+    """Any text but none, which an unset variable leaves."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; is a variable unset?")
+    return text
+
+
+# ---- Options -----------------------------------------------------------------------------------------------
+def options(method, description, batch, epochs, lr, least_batch=1):
+    """-> a parser, and add(...), which adds options of the method itself, in a group of their own."""
+    title, *_ = description.split("\n")
+    parser = argparse.ArgumentParser(description=title, allow_abbrev=False, add_help=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = die
+    parser.set_defaults(encoder=None, digest=None, version=__version__)
+    add_own = parser.add_argument_group(method).add_argument
+    count = bounded(int, 1)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="digits",
+        help="digits, digits3d, a .npz file in MedMNIST's layout, or a folder: of image files (in class "
+        "subfolders or not, in train/ with test/ or val/ or not), of .npy volumes, or of train_images.npy")
+    add("--size", type=bounded(int, 4, 10_000), default=64, help="canvas of images from a folder, N x N")
+    add("--channels-last", action="store_true", help="arrays [N, H, W, C] are images of C bands, not volumes")
+    add("--views", default="auto", choices=["auto", "crops", "poses"],
+        help="what training shows: crops and colours, as of photographs, or poses; auto: crops for RGB")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--batch", type=bounded(int, least_batch), default=batch,
+        help="images at a time; what is left over after the last step is dropped")
+    add("--epochs", type=count, default=epochs, help="passes over the training images")
+    add("--accumulate", type=count, default=1, help="batches whose gradients are averaged for one step")
+    add("--lr", type=bounded(float, 0), default=lr,
+        help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
+    add("--seed", type=bounded(int, 0, 2**63), default=0, help="of weights, order and views; not of the data")
+
+    add = parser.add_argument_group("encoder").add_argument
+    add("--width", type=bounded(int, 1, 10_000), default=16,
+        help="channels of the encoder's stem; features are 8 x this")
+    add("--depth", type=bounded(int, 1, 1000), default=1, help="residual blocks in each of three stages")
+    add("--init", type=filled,
+        help="a run's folder or encoder.pt: start from its encoder, of its width and depth")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--amp", default="off", choices=["off", "bf16"], help="mixed precision; losses stay fp32")
+    add("--compile", action="store_true", help="torch.compile the model; the first step takes a minute")
+
+    add = parser.add_argument_group("run folder").add_argument
+    add("--out", type=filled, help="run folder, new or empty; if not given runs/SCRIPT-1, -2, ...")
+    add("--save-minutes", type=bounded(float, 0), default=10.,
+        help="a checkpoint within an epoch is no older than this; there is one after each epoch")
+    add("--resume", type=filled, help="folder of a run to continue, with its own options")
+    add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
+    return parser, add_own
+
+
+def parse(parser):
+    """The options, and the checkpoint to go on from or None; a resumed run keeps its own options, but for
+    --out, which is where it lies now."""
+    args = parser.parse_args()
+    if args.resume is None:
+        return args, None
+    if sum(word.startswith("--") for word in sys.argv) > 1:
+        die("--resume takes no other option: the run keeps its own")
+    try:
+        state = load_checkpoint(Path(args.resume, "last.pt"))
+        config = dict(state["config"])
+        if config.keys() != vars(args).keys() or config["version"] != args.version:
+            raise ValueError("it is another script's, or another version's")
+        not_typed = {name: config.pop(name) for name in NOT_TYPED}
+        Encoder(**not_typed["encoder"])
+        config["out"] = args.resume
+        args = parser.parse_args(as_typed(config))       # checks a file's options as those of a person
+    except Exception as error:                           # missing, cut short, not a checkpoint
+        die(f"cannot resume {args.resume}, its last.pt is no whole checkpoint ({error}): start a new run")
+    return argparse.Namespace(**vars(args) | not_typed), state
+
+
+def as_typed(config):
+    """Options as the words that give them."""
+    words = []
+    for name, value in config.items():
+        if value is not None and value is not False:
+            option = f"--{name.replace('_', '-')}"
+            text = ("-".join(map(str, value)) or "none") if isinstance(value, list) else value
+            words.append(option if value is True else f"{option}={text}")
+    return words
+
+
+# ---- What a run starts with --------------------------------------------------------------------------------
+def join_device(args):
+    """Joins other processes, and ends the program if the device is none that computes."""
+    try:
+        args.device = join_process_group(args.device)
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:                                       # any of a dozen kinds
+        die(f"cannot use --device {args.device} ({str(error).splitlines()[0]}): try --device cpu")
+    if args.batch % world_size():
+        die(f"--batch {args.batch} is that of all {world_size()} processes: give a multiple")
+
+
+def read_data(name, size=64, channels_last=False, views="auto"):
+    """The digits, or what read_images finds in a file or folder; with the views that suit it."""
+    if name in ("digits", "digits3d"):
+        data = posed_digits(axes=2 if name == "digits" else 3)
+    else:
+        try:
+            data = read_images(name, size, channels_last)
+        except (OSError, ValueError) as error:
+            die(str(error))
+    photographs = data.images.shape[1] == 3 and len(data.images.shape) == 4
+    if views == "crops" and not photographs:
+        die(f"--views crops: {name} holds no 2-D images of three channels; use poses")
+    return data._replace(view=cropped_view if photographs and views != "poses" else posed_view)
+
+
+def load_data(args):
+    """The data of --data, once the device is ready; ends the program if this run cannot take them."""
+    join_device(args)
+    with main_process_first():                                       # it decodes, the others find the array
+        data = read_data(args.data, args.size, args.channels_last, args.views)
+    if len(data.images) < max(2, args.batch * args.accumulate) or len(data.test_images) < 4:
+        die(f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images: --batch "
+            f"{args.batch} x {args.accumulate} needs as many training images, 2 at least, and 4 test images")
+    if args.amp != "off" and "cpu" in args.device and len(data.images.shape) == 5:
+        die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
+    found = digest(data.images)
+    if args.digest not in (None, found):
+        die(f"cannot resume: {args.data} holds other images than those this run began with")
+    args.digest = found
+    return data
+
+
+def load_encoder(args, data):
+    """An Encoder for these images, new or that of --init, after the seed is set; ends the program if it
+    does not fit them."""
+    torch.manual_seed(args.seed)
+    channels, *sides = data.images.shape[1:]
+    wanted = dict(channels=channels, axes=len(sides))
+    if args.encoder:                                                 # a resumed run: its weights come later
+        return Encoder(**args.encoder | wanted)
+    if args.init:
+        path = Path(args.init)
+        try:
+            saved = load_checkpoint(path / "encoder.pt" if path.is_dir() else path)
+            encoder = Encoder(**saved["config"])
+            encoder.load_state_dict(saved["state_dict"])
+        except Exception as error:                                   # missing, cut short, another network's
+            die(f"--init {path} has no encoder.pt of these scripts ({error}): give a finished run's folder")
+        if not wanted.items() <= encoder.config.items():
+            die(f"--init {path}: its encoder is {encoder.config}, but {args.data} has {wanted}")
+    else:
+        encoder = Encoder(**wanted, width=args.width, depth=args.depth, large=min(sides) >= 96)
+    args.encoder = encoder.config
+    return encoder
+
+
+def open_folder(args, state):
+    """The run's folder, made where there is none, with config.json in it; --out, or the first free number.
+
+    Ends the program if it holds something else than the run that is resumed. Two runs that start at once do
+    not get one number: then exist_ok is False, and the second one ends.
+    """
+    if rank():
+        return broadcast(None)                                       # what process 0 sends, below
+    number = 1
+    while (free := Path("runs", f"{Path(sys.argv[0]).stem}-{number}")).exists():
+        number += 1
+    folder = Path(args.out or free)
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(args.out))
+        lock_folder(folder)
+        there = {file.name for file in folder.iterdir() if file.suffix != ".part"}
+        if not state and there - {"config.json", "views.png"}:       # these alone: its start was cut short
+            die(f"{folder} is not empty: choose another --out, or continue with --resume {folder}")
+        atomic_write_text(folder / "config.json", json.dumps(vars(args), indent=1))
+    except BlockingIOError:
+        die(f"another run is at work in {folder}: wait until it ends, or choose another --out")
+    except OSError as error:
+        die(f"cannot write into {folder} ({error.strerror}): choose another --out")
+    return broadcast(folder)

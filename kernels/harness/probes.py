@@ -1,0 +1,157 @@
+"""What a run has learned: accuracies of probes, panels of numbers that show collapse, a verdict, files.
+
+    untrained = begin(model, data, folder)           # before training: a line, views.png, how it starts
+    report(model, data, untrained, run.history, folder)      # after it
+
+model.encoder: images [N, C, *S] -> features h [N, E]; model.projector: h -> embeddings z [N, D].
+"""
+import json
+import warnings
+from collections import namedtuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from .. import __version__, collapse_panel, few_label_accuracy, knn_accuracy, verdict
+from .files import atomic_write, atomic_write_text
+from .images import encode, limited, sample_rows
+from .pictures import plot_curves, plot_embedding, plot_neighbours, plot_views
+from .processes import rank
+from .views import two_views
+
+# Features [n, E] of training and test images on the CPU, what probe() gives, panels by name.
+Findings = namedtuple("Findings", "h h_test probe panels")
+
+
+# ---- Numbers -----------------------------------------------------------------------------------------------
+def small_pixels(x):
+    """Images [n, C, *S] -> [n, numbers], on canvases of 32 x 32 or 16 x 16 x 16 at most."""
+    most = 32 if x.ndim == 4 else 16
+    sides = [min(side, most) for side in x.shape[2:]]
+    return F.interpolate(x, sides, mode="area").flatten(1)
+
+
+def probe(data, h, h_test):
+    """Accuracy of k-NN, of a linear probe and from 1, 5, 10 labels a class.
+
+    linear: logistic regression on standardised features, 300 steps at most.
+    """
+    if data.labels is None:
+        return {}
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # of raw pixels: they go on for minutes
+        linear.fit(h, data.labels)
+    known = h, data.labels, h_test, data.test_labels
+    accuracy = {"k-NN": knn_accuracy(*known), "linear": linear.score(h_test, data.test_labels)}
+    for count in (1, 5, 10):
+        accuracy[f"{count} a class"] = few_label_accuracy(*known, count)
+    return accuracy
+
+
+@torch.no_grad()
+def quick_probe(model, data):
+    """While it trains: RankMe of z of 256 test images and, where there are labels, the k-NN accuracy of h."""
+    device = next(model.parameters()).device
+    data = limited(data)
+    h_test = encode(model.encoder, data.test_images, device=device)
+    z = model.projector(h_test[sample_rows(len(h_test), 256)])
+    found = {"RankMe": collapse_panel(z)["RankMe"]}
+    if data.labels is not None:
+        h = encode(model.encoder, data.images, device=device)
+        found["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
+    return found
+
+
+@torch.no_grad()
+def examine(model, data):
+    """What limited() data show: features, their probe, the panels of h and z on up to 2,000 test images."""
+    model.eval()
+    device = next(model.parameters()).device
+    data = limited(data)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def encode_views(x):
+        return torch.stack([model.encoder(view) for view in two_views(x, generator, data.view)])
+
+    h = encode(model.encoder, data.images, device=device).cpu()
+    h_test = encode(model.encoder, data.test_images, device=device)
+    rows = sample_rows(len(h_test), 2000)
+    h1, h2 = encode(encode_views, data.test_images, rows, device, axis=1)
+    features = h_test[rows], h1, h2                                  # of the images, and of two views of each
+    embeddings = [model.projector(x) for x in features]
+    panels = {"encoder h": collapse_panel(*features), "projector z": collapse_panel(*embeddings)}
+    h_test = h_test.cpu()
+    return Findings(h, h_test, probe(data, h, h_test), panels)
+
+
+# ---- Before and after training -----------------------------------------------------------------------------
+def begin(model, data, folder):
+    """What every run starts with: a line on what is trained on what, views.png, the untrained findings."""
+    channels, *sides = data.images.shape[1:]
+    canvas = " x ".join(map(str, sides))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if rank() == 0:
+        plot_views(data, folder)
+    print(f"data: {len(data.images):,} train and {len(data.test_images):,} test images, {channels} "
+          f"channel{'s' * (channels > 1)}, {canvas} ({len(sides)}-D), {len(data.classes) or 'no'} classes; "
+          f"{size:,} parameters on {next(model.parameters()).device}; {folder}")
+    return examine(model, data)
+
+
+def print_table(rows):
+    """{row: {column: number}}, a column as wide as its name."""
+    columns, *_ = rows.values()
+    print(f"\n{'':18}", *(f"{name:>8}" for name in columns))
+    for name, row in rows.items():
+        print(f"{name:18}", *(f"{row[column]:{max(8, len(column))}.4g}" for column in columns))
+
+
+def save_encoder(encoder, folder):
+    """encoder.pt: Encoder(**config) makes it anew and takes the state_dict."""
+    config = getattr(encoder, "config", {})
+    with atomic_write(folder / "encoder.pt") as file:
+        torch.save({"version": __version__, "config": config, "state_dict": encoder.state_dict()}, file)
+
+
+def save_features(encoder, data, found, folder):
+    """features.npz: h of all training and test images [N, E], labels and classes where there are any."""
+    h, h_test = found.h, found.h_test
+    if limited(data) is not data:                                    # examine() saw a part
+        device = next(encoder.parameters()).device
+        h, h_test = [encode(encoder, x, device=device).cpu() for x in (data.images, data.test_images)]
+    labels = {}
+    if data.labels is not None:
+        labels = {"train_labels": data.labels, "test_labels": data.test_labels, "classes": data.classes}
+    with atomic_write(folder / "features.npz") as file:
+        np.savez(file, train_features=h, test_features=h_test, **labels)
+
+
+def report(model, data, untrained, history, folder, **more_probes):
+    """How every run ends: probes, panels, a verdict; report.json, encoder.pt, pictures and features.npz."""
+    if rank():
+        return
+    trained = examine(model, data)
+    probed = limited(data)
+    pixel_rows = [encode(small_pixels, images) for images in (probed.images, probed.test_images)]
+    probes = {"raw pixels": probe(probed, *pixel_rows)}
+    probes.update({"random encoder": untrained.probe, "trained encoder": trained.probe, **more_probes})
+    panels = {"untrained z": untrained.panels["projector z"], **trained.panels}
+    sentence = verdict(panels["projector z"], panels["untrained z"])
+    findings = {"probes": probes, "panels": panels, "verdict": sentence}
+    atomic_write_text(folder / "report.json", json.dumps(findings, indent=1))
+    save_encoder(model.encoder, folder)
+
+    if data.labels is not None:
+        print_table(probes)
+    print_table(panels)
+    print(f"\n{sentence}")
+    plot_curves(history, probes, folder)
+    plot_neighbours(probed, trained.h, trained.h_test, folder)
+    plot_embedding(probed, trained.h_test, folder)
+    save_features(model.encoder, data, trained, folder)
+    print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
