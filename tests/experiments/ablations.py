@@ -1,4 +1,4 @@
-"""VICReg and IConE, whole, without what prevents collapse, and with each choice made otherwise: README's table.
+"""VICReg and IConE, whole, without what prevents collapse, and with each choice made otherwise: a table.
 
     python tests/experiments/ablations.py --jobs 2                       # half an hour on 2 cores; goes on where it stopped
 
@@ -7,7 +7,7 @@ Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time,
 import argparse
 from collections import Counter
 
-from batch_sizes import make, of, options_of_all, run, spread
+from common import make, of, options_of_all, run, spread
 
 RUNS = {  # script and its options: seeds
     "vicreg.py": 3, "vicreg.py --variance 0": 3, "vicreg.py --covariance 0": 3,

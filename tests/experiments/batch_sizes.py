@@ -1,4 +1,4 @@
-"""Every method at several batch sizes, as many images seen by each: README's table and figure.
+"""Every method at several batch sizes, as many images seen by each: a table and a figure.
 
     python tests/experiments/batch_sizes.py                              # five hours on 2 cores; goes on where it stopped
     python tests/experiments/batch_sizes.py --seeds 3 --sizes 4 16 64 256
@@ -8,58 +8,13 @@
 Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/batch-sizes.
 """
 import argparse
-import json
-import os
-import random
-import shutil
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common import METHODS, apart, interval, make, of, options_of_all, run, spread
 from matplotlib.figure import Figure
-from scipy import stats
 
-ROOT = Path(__file__).parents[2]
-METHODS = {  # name in the figure: script, its options; IConE alone takes a batch of 1
-    "IConE": ("icone.py", []), "VICReg": ("vicreg.py", []), "SimCLR": ("ba_ssl.py", ["--no-fusion"])}
 COLUMNS = ["k-NN", "linear", "RankMe of z", "TwoNN of z"]
-
-
-def run(folder, script, options):
-    """The report of one run, which is not repeated if it is already there."""
-    if not (folder / "report.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)                        # what a kill left of it
-        subprocess.run([sys.executable, ROOT / script, "--out", folder, "--device", "cpu", *options], check=True,
-                       stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return json.loads((folder / "report.json").read_text())
-
-
-def options_of_all(parser, folder):
-    """The options that every experiment has."""
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--draw", type=int, help="make so many runs, drawn at random, and print their rows alone")
-    parser.add_argument("--out", type=Path, default=Path("runs", folder))
-    return parser.parse_args()
-
-
-def make(jobs, numbers, args):
-    """{key: numbers(job)}; the last part of a key is the seed, and whole tables of a seed come first."""
-    keys = random.sample([*jobs], args.draw) if args.draw else sorted(jobs, key=lambda key: key[-1])
-    with ThreadPoolExecutor(args.jobs) as pool:
-        return dict(zip(keys, pool.map(lambda key: numbers(jobs[key]), keys)))
-
-
-def of(results, *row):
-    """Those of a row, in order of their seeds."""
-    return [value for key, value in results.items() if key[:-1] == row]
-
-
-def apart(results, row, other, value):
-    """value(result) of a row less that of another row, for each seed that both have."""
-    return [value(results[*row, seed]) - value(results[*other, seed])
-            for *key, seed in results if key == [*row] and (*other, seed) in results]
 
 
 def numbers(report):
@@ -67,22 +22,6 @@ def numbers(report):
     panel = report["panels"]["projector z"]
     probe = report["probes"]["trained encoder"]
     return [probe["k-NN"], probe["linear"], panel["RankMe"], panel["TwoNN"]]
-
-
-def spread(values, decimals=3):
-    """mean ± std; of one value itself."""
-    std = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{decimals}f}{std}"
-
-
-def half_width(values):
-    """Of the 95 % interval of their mean, by Student's t."""
-    return stats.t.ppf(.975, len(values) - 1) * statistics.stdev(values) / len(values) ** .5
-
-
-def interval(values):
-    """Their mean and half the width of its 95 % interval; nothing for fewer than two."""
-    return "" if len(values) < 2 else f"{statistics.mean(values):+.3f} ± {half_width(values):.3f}"
 
 
 def main():

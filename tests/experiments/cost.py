@@ -1,4 +1,4 @@
-"""What VICReg and SimCLR cost until they reach the same k-NN accuracy on posed digits: README's table.
+"""What VICReg and SimCLR cost until they reach the same k-NN accuracy on posed digits: a table.
 
     python tests/experiments/cost.py                                    # a minute, after batch_sizes.py, whose runs it reads
 
@@ -8,18 +8,19 @@ accuracies that a run of batch_sizes.py logs at each eighth. Memory is what a st
 import argparse
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from batch_sizes import METHODS, make, of, options_of_all, run, spread
+from common import METHODS, make, of, options_of_all, run, spread
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 import ba_ssl
 import vicreg
 from kernels.benchmark import peak_memory
+from kernels.harness.cli import read_data
+from kernels.harness.encoder import Encoder
+from kernels.harness.images import pixels
+from kernels.harness.views import two_views
 
 MODELS = {"VICReg": vicreg.VICReg, "SimCLR": ba_ssl.BASSL}
 
@@ -27,15 +28,15 @@ MODELS = {"VICReg": vicreg.VICReg, "SimCLR": ba_ssl.BASSL}
 def step_of(name, data, batch):
     """A call that makes one training step."""
     torch.manual_seed(0)
-    encoder = vicreg.Encoder(1, 2)
+    encoder = Encoder(1, 2)
     model = MODELS[name](encoder, encoder.features)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=.05)
     generator = torch.Generator().manual_seed(0)
 
     def step():
         rows = torch.randint(len(data.images), (batch,), generator=generator)
-        views = vicreg.two_views(vicreg.pixels(data.images, rows), generator, data.view)
-        terms, _ = model(*views, rows)
+        views = two_views(pixels(data.images, rows), generator, data.view)
+        terms, _ = model(*views) if name == "VICReg" else model(*views, rows)
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
@@ -67,7 +68,7 @@ def main():
                 own = [*options, "--data", "digits", "--epochs", "64", "--batch", str(batch), "--seed", str(seed)]
                 jobs[batch, name, seed] = (args.out / f"{name} {batch} 64 {seed}").resolve(), script, own
     found = make(jobs, lambda job: epochs_to(args.accuracy, *job), args)
-    data = vicreg.load_data("digits")
+    data = read_data("digits")
     print(f"| batch | method | a step | MiB a step | epochs to {args.accuracy} | time to it |\n{'|---' * 6}|")
     for batch in args.batches:
         steps = {name: step_of(name, data, batch) for name in MODELS}

@@ -1,4 +1,4 @@
-"""FALCON from 16 to 65,536 codes, its learnable dictionaries, and without its prior: README's tables and figure.
+"""FALCON from 16 to 65,536 codes, its learnable dictionaries, and without its prior: tables and a figure.
 
     python tests/experiments/dictionary_sizes.py --jobs 2               # half an hour on 2 cores; goes on where it stopped
     python tests/experiments/dictionary_sizes.py --data glyphs.npz      # letters, a smaller encoder: less than an hour
@@ -10,7 +10,7 @@ import json
 import statistics
 from pathlib import Path
 
-from batch_sizes import make, of, options_of_all, run, spread
+from common import make, of, options_of_all, run, spread
 from matplotlib.figure import Figure
 
 SIZES = [16, 64, 256, 1024, 2048, 4096, 16384]                          # 4096 is the default

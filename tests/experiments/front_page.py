@@ -1,4 +1,4 @@
-"""README's first two pictures: what collapse looks like, and a sketch of the five mechanisms.
+"""the front page's two pictures: what collapse looks like, and a sketch of the five mechanisms.
 
     python tests/experiments/front_page.py                              # four minutes on 2 cores; goes on where it stopped
 
@@ -6,18 +6,19 @@ Trains vicreg.py three times, as a user does, into runs/front-page; writes colla
 """
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from batch_sizes import run
+from common import run
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Rectangle
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 import vicreg
-from kernels.images import encode
+from kernels.harness.cli import read_data
+from kernels.harness.encoder import Encoder
+from kernels.harness.files import load_checkpoint
+from kernels.harness.images import encode
 
 RUNS = {"VICReg": [], "without its variance term": ["--variance", "0"],
         "without its covariance term": ["--covariance", "0"]}
@@ -33,10 +34,10 @@ def embeddings(model, images):
 def network(data, folder=None):
     """VICReg as the script makes it: seed 0, with a finished run's weights if there is one."""
     torch.manual_seed(0)
-    encoder = vicreg.Encoder(data.images.shape[1], 2)
+    encoder = Encoder(data.images.shape[1], 2)
     model = vicreg.VICReg(encoder, encoder.features)
     if folder:
-        model.load_state_dict(vicreg.runs.load(folder / "last.pt")["model"])
+        model.load_state_dict(load_checkpoint(folder / "last.pt")["model"])
     return model
 
 
@@ -168,7 +169,7 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     draw_mechanisms(args.out / "mechanisms.png")
-    data = vicreg.load_data("digits")
+    data = read_data("digits")
     z = {"untrained": embeddings(network(data), data.test_images)}
     for name, options in RUNS.items():
         folder = (args.out / name).resolve()

@@ -1,4 +1,4 @@
-r"""Base methods with and without batch fusion, its controls, layers, batch sizes: README's table and figure.
+r"""Base methods with and without batch fusion, its controls, layers, batch sizes: a table and a figure.
 
     python tests/experiments/fusion.py --jobs 2                         # an hour and a half on 2 cores; goes on where it stopped
     python tests/experiments/fusion.py --jobs 2 --seeds 3 --only SimCLR "SimCLR + fusion" "SimCLR + mixup" --data glyphs.npz \
@@ -12,7 +12,7 @@ import statistics
 from operator import itemgetter
 from pathlib import Path
 
-from batch_sizes import apart, half_width, interval, make, of, options_of_all, run, spread
+from common import apart, half_width, interval, make, of, options_of_all, run, spread
 from matplotlib.figure import Figure
 
 BASE = {"SimCLR": [], "VICReg": ["--loss", "vicreg"], "FALCON": ["--loss", "falcon"], "IConE": ["--loss", "icone"],

@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from kernels import knn_accuracy
-from kernels.views import uniform, warp
+from kernels.harness.views import uniform, warp
 
 CLASSES = string.ascii_uppercase + string.digits
 SERIES = {  # the fonts' files begin with this, and go on with one of these

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from kernels.views import posed_view, two_views
+from kernels.harness.views import posed_view, two_views
 
 
 def model_of(script, batch):
@@ -36,17 +36,18 @@ def measure(script, batch, side, steps=3):
     """Seconds of the fastest step, and the process's peak memory in GB."""
     model = model_of(script, batch)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    if hasattr(model, "step"):
-        optimizer.register_step_post_hook(lambda *_: model.step())
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch, 1, side, side, side, generator=generator)
     seconds = []
     for _ in range(steps):
         start = time.monotonic()
-        terms, _ = model(*two_views(x, generator, posed_view), torch.arange(batch))
+        views = two_views(x, generator, posed_view)
+        terms, _ = model(*views, torch.arange(batch)) if script == "icone.py" else model(*views)
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
+        if script == "icone.py":
+            model.step()
         seconds.append(time.monotonic() - start)
     return min(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 

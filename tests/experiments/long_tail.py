@@ -1,4 +1,4 @@
-"""IConE, VICReg and SimCLR where classes are unequal, on a test set that is balanced: README's table and figure.
+"""IConE, VICReg and SimCLR where classes are unequal, on a test set that is balanced: a table and a figure.
 
     python tests/experiments/glyphs.py --out glyphs.npz
     python tests/experiments/long_tail.py                                # two hours and a half on 2 cores; goes on where it stopped
@@ -9,20 +9,15 @@ thirds of the classes. Every run sees as many images. Runs the scripts as a user
 """
 import argparse
 import statistics
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-from batch_sizes import apart, interval, make, of, options_of_all, run, spread
-from imbalanced import channels_last, thinned
+from common import METHODS, apart, channels_last, interval, make, of, options_of_all, run, spread, thinned
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import vicreg
 from kernels import knn_accuracy
+from kernels.harness.cli import read_data
 
-METHODS = {"IConE": ("icone.py", []), "VICReg": ("vicreg.py", []), "SimCLR": ("ba_ssl.py", ["--no-fusion"])}
 PARTS = ["head", "middle", "tail"]
 COLUMNS = {"k-NN": 3, "linear": 3, **dict.fromkeys(PARTS, 3), "RankMe": 1, "TwoNN": 1}                       # decimals
 
@@ -55,7 +50,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="at least 2")
     args = options_of_all(parser, "long-tail")
     args.out.mkdir(parents=True, exist_ok=True)
-    data = vicreg.load_data(args.data)
+    data = read_data(args.data)
     common = [f"--{option}" for option in args.options]
     jobs = {}
     for ratio in args.ratios:

@@ -1,4 +1,4 @@
-"""All methods on FALCON's meters of four collapses, on the collapse panel and with few labels: three of README's tables.
+"""All methods on FALCON's meters of four collapses, on the collapse panel and with few labels: three of a tables.
 
     python tests/experiments/meters.py --jobs 2                         # a quarter of an hour on 2 cores; goes on where it stopped
 
@@ -6,26 +6,26 @@ Runs the scripts as a user does, on the CPU, one thread a run, `jobs` at a time,
 brought to unit length for the meters, and compared with 2,048 random codes whatever the method.
 """
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from batch_sizes import make, of, options_of_all, run, spread
+from common import make, of, options_of_all, run, spread
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 import ba_ssl
 import falcon
 import icone
 import vicreg
 from kernels import dictionary_signs
+from kernels.harness.cli import read_data
+from kernels.harness.encoder import Encoder
+from kernels.harness.images import encode
 
 METHODS = {  # name: script, its options, model of an encoder
     "VICReg": ("vicreg.py", [], lambda encoder: vicreg.VICReg(encoder, 128)),
     "SimCLR": ("ba_ssl.py", ["--no-fusion"], lambda encoder: ba_ssl.BASSL(encoder, 128)),
     "SimCLR + fusion": ("ba_ssl.py", [], lambda encoder: ba_ssl.BASSL(encoder, 128)),
     "IConE": ("icone.py", [], lambda encoder: icone.IConE(encoder, 128, 1437)),
-    "FALCON": ("falcon.py", [], lambda encoder: falcon.FALCON(encoder, 128, 64))}
+    "FALCON": ("falcon.py", [], lambda encoder: falcon.FALCON(encoder, 128, falcon.FixedDictionary(4096, 128), 64))}
 METERS = {  # name in the table: in falcon.collapse_meters, decimals
     "std": ("std", 2), "cosine": ("cosine", 2), "dimensions": ("dimensions", 2), "off-diagonal": ("off_diagonal", 2),
     "codes": ("codes", 0), "assignment entropy": ("assignment_entropy", 2), "mixture entropy": ("mixture_entropy_10", 2)}
@@ -37,13 +37,13 @@ def numbers(job):
     """{group: {name: number}} of one run."""
     folder, script, options, make = job
     report = run(folder, script, options)
-    model = make(vicreg.Encoder(1, 2))
+    model = make(Encoder(1, 2))
     state = torch.load(folder / "last.pt", weights_only=True)["model"]
     state = {name: weight for name, weight in state.items() if not name.startswith("fusion")}
     model.load_state_dict(state, strict=False)
     model.eval()
     with torch.no_grad():
-        z = model.projector(vicreg.encode(model.encoder, vicreg.load_data("digits").test_images))
+        z = model.projector(encode(model.encoder, read_data("digits").test_images))
     n, f = z.shape
     z = F.normalize(z) * (f / 64) ** .5
     meters = falcon.collapse_meters(z, dictionary_signs(2048, f, 0), falcon.derived_temperature(64, f, 2048))

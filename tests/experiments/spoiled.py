@@ -7,24 +7,22 @@ Both at one batch size and as many epochs. Runs the scripts as a user does, on t
 time, into runs/spoiled.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from batch_sizes import apart, interval, make, of, options_of_all, run, spread
-from imbalanced import channels_last, thinned
+from common import METHODS, apart, channels_last, interval, make, of, options_of_all, run, spread, thinned
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import vicreg
+from kernels.harness.cli import read_data
+from kernels.harness.images import pixels
 
-METHODS = {"VICReg": ("vicreg.py", []), "SimCLR": ("ba_ssl.py", ["--no-fusion"])}
+METHODS = {name: METHODS[name] for name in ("VICReg", "SimCLR")}
 
 
 def spoil(case, data, generator):
     """Training rows and images [n, C, *S] in [0, 1] of a case."""
     rows = thinned(data.labels, 100) if case == "thinned to 1 : 100" else torch.arange(len(data.images))
-    x = vicreg.pixels(data.images, rows, "cpu").clamp(0, 1)
+    x = pixels(data.images, rows, "cpu").clamp(0, 1)
     if case == "noise, std 0.3":
         x = (x + .3 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
     if case == "a quarter of the patches missing":                       # of 4 x 4
@@ -45,8 +43,8 @@ def main():
     args = options_of_all(parser, "spoiled")
     out = args.out / Path(args.data).stem
     out.mkdir(parents=True, exist_ok=True)
-    data = vicreg.load_data(args.data)
-    test = vicreg.pixels(data.test_images, torch.arange(len(data.test_images)), "cpu")
+    data = read_data(args.data)
+    test = pixels(data.test_images, torch.arange(len(data.test_images)), "cpu")
     jobs = {}
     for case in CASES:
         rows, x = spoil(case, data, torch.Generator().manual_seed(0))

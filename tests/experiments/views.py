@@ -9,10 +9,9 @@ import argparse
 import statistics
 from pathlib import Path
 
-from batch_sizes import METHODS as COMPARED
-from batch_sizes import make, of, options_of_all, run, spread
+from common import METHODS, make, of, options_of_all, run, spread
 
-METHODS = {**COMPARED, "FALCON": ("falcon.py", [])}                    # name: script, its options
+METHODS = {**METHODS, "FALCON": ("falcon.py", [])}
 VIEWS = ["crops", "poses"]
 COLUMNS = ["k-NN", "linear"]
 
