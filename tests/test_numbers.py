@@ -1,11 +1,12 @@
-"""README's tables, made again: each has its command in a comment above it, and must say what the command prints.
+"""The pages' tables, made again: each has its command in a comment above it, and must say what the command prints.
 So must blocks of a command's output. Where it trains, one run is drawn at random and held to its row, and tables that
 compare runs are passed over; or all are made.
 
     python -m pytest -m slow tests/test_numbers.py                       # less than an hour
     python -m pytest -m slow tests/test_numbers.py --every-run           # half a day; goes on where it stopped, in runs/
-    python -m tests.test_numbers WORD                                    # writes the tables whose command has WORD
+    python -m tests.test_numbers WORD                                    # writes tables whose command has WORD
 """
+import collections
 import functools
 import itertools
 import math
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "kernels").rglob("*.md")), *sorted((ROOT / "tests").rglob("*.md"))]
 TABLE = re.compile(r"^<!-- (python .+?) -->\n\n?((?:\|.*\n)+|(?:    .*\n)+)", re.M)
 NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 TRAINS = re.compile("tests/experiments/(?!free_features)")
@@ -28,13 +29,13 @@ NAMES = {"run", "method", "batch", "codes", "else", "views", "R, batch", "traini
 
 
 def tables(text):
-    """[(command, table)] of a README."""
+    """[(command, table)] of a page."""
     return TABLE.findall(text.replace("\u00a0", " "))              # in tables "0.5 ± 0.1" and "3 ms" do not break
 
 
 @functools.cache
 def output(command):
-    """The lines that it prints; a command with several tables in README runs once."""
+    """The lines that it prints; a command with several tables runs once."""
     words = shlex.split(command)
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.splitlines()
@@ -89,7 +90,7 @@ def differences(stated, found):
     for mine, its in zip(a[1:], b[1:]):
         for name, one, other in zip(cells(a[0]), cells(mine), cells(its)):
             if not agree(one, other):
-                wrong.append(f"{cells(mine)[0]}, {name}: README has {one}, found {other}")
+                wrong.append(f"{cells(mine)[0]}, {name}: the page has {one}, found {other}")
     return wrong
 
 
@@ -107,12 +108,12 @@ def differences_of_drawn(stated, found):
     for name, its in rows(found).items():
         mine = rows(stated).get(name)
         if not mine:
-            wrong.append(f"README has no row {', '.join(name)}")
+            wrong.append(f"the page has no row {', '.join(name)}")
             continue
         for column, cell in its.items():
             held = "±" in mine[column] or "±" not in "".join(mine.values())
             if cell and not (agree(mine[column], cell) if held else NUMBER.sub("", mine[column]) == NUMBER.sub("", cell)):
-                wrong.append(f"{', '.join(name)}, {column}: README has {mine[column]}, one run {cell}")
+                wrong.append(f"{', '.join(name)}, {column}: the page has {mine[column]}, one run {cell}")
     return wrong
 
 
@@ -162,9 +163,19 @@ def lines_of(request, tmp_path_factory):
     return lambda command: output(drawn.get(command, command))
 
 
+def each_table():
+    """Of each table of each page page, command and table; the name says which of the command's on the page it is."""
+    for page in PAGES:
+        name, count = page.relative_to(ROOT), collections.Counter()
+        for command, table in tables(page.read_text()):
+            count[command] += 1
+            short = re.sub(r"^python (-m |tests/experiments/)?", "", command)
+            yield pytest.param(name, command, table, id=f"{name}: {short}, table {count[command]}")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command, table", tables(README.read_text()))
-def test_readme_states_what_the_command_prints(command, table, lines_of, request):
+@pytest.mark.parametrize("page, command, table", [*each_table()])
+def test_page_states_what_the_command_prints(page, command, table, lines_of, request):
     drawn = TRAINS.search(command) and not request.config.getoption("every_run")
     if drawn and () in rows(table):
         pytest.skip("compares runs with each other: --every-run")
@@ -175,11 +186,18 @@ def test_readme_states_what_the_command_prints(command, table, lines_of, request
     assert not drawn or rows(found), f"{command} prints no row"
 
 
+def unbroken(row):
+    """A row of a table whose "0.5 ± 0.1" and "3 ms" do not break; the former may where there are too many of it."""
+    if sum(" ± " in cell for cell in row.split("|")) <= 6:
+        row = row.replace(" ± ", "\u00a0±\u00a0")
+    return row.replace(" ms", "\u00a0ms")
+
+
 if __name__ == "__main__":
-    text = README.read_text().replace("\u00a0", " ")
-    for command, table in tables(text):
-        if sys.argv[1] in command:
-            print(command)
-            text = text.replace(table, printed(output(command), table))
-    text = re.sub(r"^\|.*", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0").replace(" ms", "\u00a0ms"), text, flags=re.M)
-    README.write_text(text)
+    for page in PAGES:
+        text = page.read_text().replace("\u00a0", " ")
+        for command, table in tables(text):
+            if sys.argv[1] in command:
+                print(page.relative_to(ROOT), command)
+                text = text.replace(table, printed(output(command), table))
+        page.write_text(re.sub(r"^\|.*", lambda row: unbroken(row[0]), text, flags=re.M))
