@@ -235,8 +235,8 @@ def merge(edges, start):
 
 
 def without_offset(system):
-    """The same flow for centred vectors; but an offset common to all, which under head+sg grows from rounding
-    errors until it owns one direction, dies: its tie from samples to labels is taken out."""
+    """The same flow without its common mode, an offset of all vectors, of which centred ones have none: under
+    head+sg rounding errors would grow into it until it owns one direction."""
     degree = system.own.diagonal()
     of_labels = degree.copy()
     of_labels[:-system.classes] = 0

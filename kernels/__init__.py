@@ -1,4 +1,4 @@
-"""Fused losses for self-supervised learning, and has it collapsed: Triton on GPUs, plain torch everywhere else.
+"""Fused losses for self-supervised learning, and has it collapsed? Triton on GPUs, plain torch elsewhere.
 
 A name is imported when it is first asked for, so that what needs no torch can be had before torch is loaded.
 """

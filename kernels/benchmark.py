@@ -2,7 +2,7 @@
 
     python -m kernels.benchmark                        # all three kernels
     python -m kernels.benchmark --only covariance --covariance 256x8192 --repeats 9 --pictures .
-    python -m kernels.benchmark --report tables.md     # README's tables, as Markdown
+    python -m kernels.benchmark --report tables.md     # tables as of kernels/README.md
 
 Each row is forward + backward in fp32: of variance + covariance at one size [N, D], of one loss of a batch
 [B, d] against a bank [N, d], or of FALCON's loss of two views [n, f] and c codes. Implementations take turns,
@@ -341,7 +341,7 @@ def show(case, result, least):
 
 
 def report(tables, where):
-    """README's tables in Markdown, of time and of memory: {kernel: (case, result, floor) rows}, a row for
+    """The tables of kernels/README.md, of time and of memory: {kernel: (case, result, floor) rows}, a row for
     each of our forms."""
     lines = [f"Measured on {where}."]
     for kernel, rows in tables.items():
@@ -381,7 +381,7 @@ def parse():
     parser.add_argument("--repeats", type=int, default=5,
                         help="timed runs at least, more of short cases; the median counts (default 5)")
     parser.add_argument("--pictures", type=Path, help="folder for covariance.png, ...; not given: none")
-    parser.add_argument("--report", type=Path, help="file for README's tables in Markdown; not given: none")
+    parser.add_argument("--report", type=Path, help="file for tables in Markdown; not given: none")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=here, choices=["cpu", "cuda"])
     args = parser.parse_args()

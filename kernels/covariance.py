@@ -449,12 +449,13 @@ def _gram_side(z, use_triton):
 @opaque("covariance_forward", _shapes_forward)
 def _forward(z: Tensor, gram: bool, use_triton: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                                                Tensor]:
-    """What _gram_side returns, with k = 0 on the covariance side."""
+    """What _gram_side returns; on the covariance side no column is taken out: k = 0."""
     if gram:
         return _gram_side(z, use_triton)
     mean, variance, m, squares = _covariance_side(z, use_triton)
-    t, pull = variance.new_empty(2, len(z), 0)
-    return mean, variance, m, squares, t.clone(), pull.clone(), t.new_empty(0, dtype=torch.int64)
+    no_columns = variance.new_empty(len(z), 0)                   # T, and its pull G T + T hollow(T^T T)
+    none = no_columns.new_empty(0, dtype=torch.int64)
+    return mean, variance, m, squares, no_columns, no_columns.clone(), none   # an op's outputs may not be one
 
 
 def _shapes_backward(z, mean, variance, m, t, pull, columns, *rest):

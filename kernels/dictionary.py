@@ -150,20 +150,20 @@ def _forward_torch(h, codes, seed, reverse, keep):
     logs = h.new_empty(2 * n * (codes if keep else block_size))
     scratch = h.new_empty(2 * n * block_size)
     unpacked = h.new_empty(0 if signs.dtype == h.dtype else block_size, f)
-    top = h.new_full((2, n), -torch.inf)
-    total = h.new_zeros(2, n)
+    top = h.new_full((2, n), -torch.inf)                               # a row's largest logit so far
+    total = h.new_zeros(2, n)                                          # its sum of 2^(logit - top)
     for block in _blocks(h, codes):
         s = _logits_torch(h, _unpacked(signs, block, unpacked), _place(logs, n, block, keep))
         new = torch.maximum(top, s.amax(dim=2))
         p = torch.sub(s, new[:, :, None], out=_place(scratch, n, block, False)).exp2_()
         total = total * (top - new).exp2() + p.sum(dim=2)
         top = new
-    rest = total.log2()
+    rest = total.log2()                                                # log2 p = logit - top - rest
 
     log_c = math.log2(codes)
-    m = h.new_empty(2, codes)
-    E = h.new_zeros(2, n)
-    R = h.new_zeros(2, n)
+    m = h.new_empty(2, codes)                                          # log2 of a view's mean assignment
+    E = h.new_zeros(2, n)                                              # sum_j p_ij log2 p'_ij, p' of the other
+    R = h.new_zeros(2, n)                                              # a row's part of the prior
     for block in _blocks(h, codes):
         log = _place(logs, n, block, keep)
         if not keep:
@@ -189,6 +189,7 @@ def _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, g_prior, 
     signs = _held(codes, f, seed, h.device)
     dh = torch.zeros_like(h)
     ln2, log_c = math.log(2), math.log2(codes)
+    # 2n ds_ij = p_ij (of_row_i + of_log log2 p'_ij + ...) - g_cross p'_ij: see the derivation.
     of_row = g_cross * (ln2 * E + 1) - g_prior * (ln2 * R if reverse else R)
     of_log = -ln2 * g_cross
     block_size = min(_block_size(h), codes)
