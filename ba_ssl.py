@@ -17,9 +17,9 @@ follows: NT-Xent (SimCLR), or that of vicreg.py, falcon.py, icone.py.
 
 Expect k-NN accuracy 0.898 ± 0.012 and linear 0.906 ± 0.001 (mean ± std, 3 seeds; raw pixels 0.593, 0.169)
 in 70 to 190 s on 2 cores of an AMD EPYC with torch 2.13.0. Five seeds, one core a run, 105 s: 0.904 ± 0.010
-and 0.910 ± 0.007, plain SimCLR 0.880 ± 0.018 and 0.896 ± 0.011, a random encoder 0.287 ± 0.064 and 0.214 ±
-0.029. What is learned adds nothing: the same convolutions never trained gain as much, and so does a fifth of
-one other image (tests/experiments/ba_ssl.md).
+and 0.910 ± 0.007; plain SimCLR 0.880 ± 0.018, 0.896 ± 0.011; random encoder 0.287 ± 0.064, 0.214 ± 0.029.
+What is learned adds nothing: the same convolutions never trained gain as much, and so does a fifth of one
+other image (tests/experiments/ba_ssl.md).
 
 Choices of our own: (1) The share is fixed. A gate that is learned closes: what other images add differs
 between two views, and to the loss it is noise. (2) A fused view meets a clean one. (3) A layer is a 3x3
@@ -287,15 +287,15 @@ def train(model, optimizer, data, run, meters):
     call = run.start(model, optimizer, schedule)                     # or goes on where last.pt stands
     for epoch in run.epochs():
         model.train()
-        for step in run.steps():                                     # each image once; ends here at a signal
+        for batches in run.steps():                                  # [accumulate, batch]; may end the run
             optimizer.zero_grad()
-            for index in step:                                       # numbers of `batch` images
+            for index in batches:                                    # numbers of `batch` images
                 x = pixels(data.images, run.own(index), run.device)
                 views = two_views(x, run.generator, data.view)       # [B, C, *S] each
                 with run.autocast():
                     terms, notes = call(*views, index)
                 loss = sum(terms.values())
-                (loss / len(step)).backward()
+                (loss / len(batches)).backward()
                 run.log({"loss": loss, **terms, **notes})
             optimizer.step()
             schedule.step()

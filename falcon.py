@@ -241,9 +241,9 @@ def train(model, optimizer, data, run):
     call = run.start(model, optimizer, schedule)                     # or goes on where last.pt stands
     for epoch in run.epochs():
         model.train()
-        for step in run.steps():                                     # each image once; ends here at a signal
+        for batches in run.steps():                                  # [accumulate, batch]; may end the run
             optimizer.zero_grad()
-            for index in step:                                       # numbers of `batch` images
+            for index in batches:                                    # numbers of `batch` images
                 x = pixels(data.images, run.own(index), run.device)
                 views = two_views(x, run.generator, data.view)       # [B, C, *S] each
                 with run.autocast():
@@ -251,7 +251,7 @@ def train(model, optimizer, data, run):
                 beta = beta_at(run.progress, run.args.beta, run.args.beta_rise)
                 terms["cross_entropy"] = beta * terms["cross_entropy"]
                 loss = sum(terms.values())
-                (loss / len(step)).backward()
+                (loss / len(batches)).backward()
                 run.log({"loss": loss, **terms, "beta": beta, **notes})
             optimizer.step()
             schedule.step()

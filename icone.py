@@ -91,7 +91,7 @@ def crowding(rows, bank, exclude, diversity="logsumexp", temperature=0.2):
 def column_to_exclude(places, index):
     """The column that each image of index [B] skips in a bank, made of the rows at sorted places [M].
 
-    It is its own row if that was drawn, else the last one, so that each image is pushed by M - 1 rows.
+    It is its own row if that was drawn, else the last (any would do), so that M - 1 rows push each image.
     """
     last = len(places) - 1
     column = torch.searchsorted(places, index).clamp(max=last)
@@ -169,7 +169,7 @@ class IConE(nn.Module):
         table. -> their places [M], in order, and the rows [M, D]."""
         if self.drawn is None:
             borders = torch.arange(self.bank + 1) * len(self.table) // self.bank
-            within = torch.rand(self.bank, dtype=torch.float64) * borders.diff()
+            within = torch.rand(self.bank, dtype=torch.float64) * borders.diff()       # fp32 may round to 1
             places = borders[:-1] + within.long()
             rows = self.table.index_select(0, places.to(self.table.device))
             self.drawn = places.to(device), rows.to(device)
@@ -196,7 +196,7 @@ class IConE(nn.Module):
     def step(self):
         """After the optimiser's: rows that were taken go down their gradient, no other moves; and the mean.
 
-        The loss is a mean over the step's images: a row gets its own image's gradient divided by so many.
+        The loss is a mean over the step's images: rows.grad is an image's own gradient over their number.
         """
         images = sum(len(index) for index, _ in self.taken)
         for index, rows in self.taken:
@@ -231,15 +231,15 @@ def train(model, optimizer, data, run):
     call = run.start(model, optimizer, schedule)                     # or goes on where last.pt stands
     for epoch in run.epochs():
         model.train()
-        for step in run.steps():                                     # each image once; ends here at a signal
+        for batches in run.steps():                                  # [accumulate, batch]; may end the run
             optimizer.zero_grad()
-            for index in step:                                       # numbers of `batch` images
+            for index in batches:                                    # numbers of `batch` images
                 x = pixels(data.images, run.own(index), run.device)
                 views = two_views(x, run.generator, data.view)       # [B, C, *S] each
                 with run.autocast():
-                    terms, notes = call(*views, index)
+                    terms, notes = call(*views, index)               # index of all processes: h is gathered
                 loss = sum(terms.values())
-                (loss / len(step)).backward()
+                (loss / len(batches)).backward()
                 run.log({"loss": loss, **terms, **notes})
             optimizer.step()
             model.step()                                             # rows of these images, and the mean

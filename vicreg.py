@@ -108,15 +108,15 @@ def train(model, optimizer, data, run):
     call = run.start(model, optimizer, schedule)                     # or goes on where last.pt stands
     for epoch in run.epochs():
         model.train()
-        for step in run.steps():                                     # each image once; ends here at a signal
+        for batches in run.steps():                                  # [accumulate, batch]; may end the run
             optimizer.zero_grad()
-            for index in step:                                       # numbers of `batch` images
+            for index in batches:                                    # numbers of `batch` images
                 x = pixels(data.images, run.own(index), run.device)
                 views = two_views(x, run.generator, data.view)       # [B, C, *S] each
                 with run.autocast():
                     terms, notes = call(*views)
                 loss = sum(terms.values())
-                (loss / len(step)).backward()
+                (loss / len(batches)).backward()
                 run.log({"loss": loss, **terms, **notes})
             optimizer.step()
             schedule.step()

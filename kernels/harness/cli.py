@@ -25,7 +25,8 @@ from .images import digest, read_images
 from .processes import broadcast, die, join_process_group, main_process_first, rank, world_size
 from .views import cropped_view, posed_view
 
-NOT_TYPED = "encoder", "digest", "version"           # what config.json holds beside the options
+NOT_TYPED = "encoder", "digest", "method", "version"             # what config.json holds beside the options
+CUT_SHORT = {"config.json", "untrained.json", "views.png"}       # what a run has that never began to train
 
 
 # ---- Types of options --------------------------------------------------------------------------------------
@@ -59,10 +60,10 @@ def filled(text):
 def options(method, description, batch, epochs, lr, least_batch=1):
     """-> a parser, and add(...), which adds options of the method itself, in a group of their own."""
     title, *_ = description.split("\n")
-    parser = argparse.ArgumentParser(description=title, allow_abbrev=False, add_help=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=title, usage="%(prog)s [options]", allow_abbrev=False,
+                                     add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = die
-    parser.set_defaults(encoder=None, digest=None, version=__version__)
+    parser.set_defaults(encoder=None, digest=None, method=method, version=__version__)
     add_own = parser.add_argument_group(method).add_argument
     count = bounded(int, 1)
 
@@ -89,7 +90,7 @@ def options(method, description, batch, epochs, lr, least_batch=1):
         help="channels of the encoder's stem; features are 8 x this")
     add("--depth", type=bounded(int, 1, 1000), default=1, help="residual blocks in each of three stages")
     add("--init", type=filled,
-        help="a run's folder or encoder.pt: start from its encoder, of its width and depth")
+        help="a run's folder or encoder.pt: start from its encoder; --width and --depth are its own then")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
@@ -113,17 +114,26 @@ def parse(parser):
         return args, None
     if sum(word.startswith("--") for word in sys.argv) > 1:
         die("--resume takes no other option: the run keeps its own")
+    path = Path(args.resume, "last.pt")
+    if not path.is_file():
+        die(f"cannot resume {args.resume}: there is no {path}; give the folder of a run, or start a new run")
     try:
-        state = load_checkpoint(Path(args.resume, "last.pt"))
+        state = load_checkpoint(path)
         config = dict(state["config"])
-        if config.keys() != vars(args).keys() or config["version"] != args.version:
-            raise ValueError("it is another script's, or another version's")
+        whose = config.get("method"), config.get("version")
+        if whose != (args.method, args.version) or config.keys() != vars(args).keys():
+            raise ValueError(f"it is of {whose[0] or 'an earlier layout'}, version {whose[1]}; this is "
+                             f"{args.method}, version {args.version}")
         not_typed = {name: config.pop(name) for name in NOT_TYPED}
         Encoder(**not_typed["encoder"])
         config["out"] = args.resume
         args = parser.parse_args(as_typed(config))       # checks a file's options as those of a person
-    except Exception as error:                           # missing, cut short, not a checkpoint
-        die(f"cannot resume {args.resume}, its last.pt is no whole checkpoint ({error}): start a new run")
+        for name, value in config.items():
+            again = getattr(args, name)
+            if again != value:                           # of a kind that is not written as it is read
+                raise ValueError(f"its --{name} {value} cannot be typed again, it would be {again}")
+    except Exception as error:                           # cut short, not a checkpoint
+        die(f"cannot resume {args.resume}, its last.pt does not serve ({error}): start a new run")
     return argparse.Namespace(**vars(args) | not_typed), state
 
 
@@ -170,9 +180,11 @@ def load_data(args):
     join_device(args)
     with main_process_first():                                       # it decodes, the others find the array
         data = read_data(args.data, args.size, args.channels_last, args.views)
-    if len(data.images) < max(2, args.batch * args.accumulate) or len(data.test_images) < 4:
-        die(f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images: --batch "
-            f"{args.batch} x {args.accumulate} needs as many training images, 2 at least, and 4 test images")
+    there = f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images"
+    if len(data.test_images) < 4:
+        die(f"{there}: 4 test images at least are needed, and 16 to hold out a fifth")
+    if len(data.images) < max(2, args.batch * args.accumulate):
+        die(f"{there}: --batch {args.batch} x {args.accumulate} needs as many for training: lower --batch")
     if args.amp != "off" and "cpu" in args.device and len(data.images.shape) == 5:
         die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
     found = digest(data.images)
@@ -222,7 +234,7 @@ def open_folder(args, state):
         folder.mkdir(parents=True, exist_ok=bool(args.out))
         lock_folder(folder)
         there = {file.name for file in folder.iterdir() if file.suffix != ".part"}
-        if not state and there - {"config.json", "views.png"}:       # these alone: its start was cut short
+        if not state and there - CUT_SHORT:
             die(f"{folder} is not empty: choose another --out, or continue with --resume {folder}")
         atomic_write_text(folder / "config.json", json.dumps(vars(args), indent=1))
     except BlockingIOError:

@@ -91,7 +91,10 @@ def examine(model, data):
 
 # ---- Before and after training -----------------------------------------------------------------------------
 def begin(model, data, folder):
-    """What every run starts with: a line on what is trained on what, views.png, the untrained findings."""
+    """What every run starts with: a line on what is trained on what, views.png, how the network begins.
+
+    -> {"probe": accuracies of h, "panel": of z} before training; untrained.json, which a resumed run reads.
+    """
     channels, *sides = data.images.shape[1:]
     canvas = " x ".join(map(str, sides))
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -100,7 +103,14 @@ def begin(model, data, folder):
     print(f"data: {len(data.images):,} train and {len(data.test_images):,} test images, {channels} "
           f"channel{'s' * (channels > 1)}, {canvas} ({len(sides)}-D), {len(data.classes) or 'no'} classes; "
           f"{size:,} parameters on {next(model.parameters()).device}; {folder}")
-    return examine(model, data)
+    path = folder / "untrained.json"
+    if not path.exists():
+        found = examine(model, data)
+        if rank():
+            return None                                              # process 0 alone reports
+        untrained = {"probe": found.probe, "panel": found.panels["projector z"]}
+        atomic_write_text(path, json.dumps(untrained, indent=1))
+    return json.loads(path.read_text())
 
 
 def print_table(rows):
@@ -139,8 +149,8 @@ def report(model, data, untrained, history, folder, **more_probes):
     probed = limited(data)
     pixel_rows = [encode(small_pixels, images) for images in (probed.images, probed.test_images)]
     probes = {"raw pixels": probe(probed, *pixel_rows)}
-    probes.update({"random encoder": untrained.probe, "trained encoder": trained.probe, **more_probes})
-    panels = {"untrained z": untrained.panels["projector z"], **trained.panels}
+    probes.update({"random encoder": untrained["probe"], "trained encoder": trained.probe, **more_probes})
+    panels = {"untrained z": untrained["panel"], **trained.panels}
     sentence = verdict(panels["projector z"], panels["untrained z"])
     findings = {"probes": probes, "panels": panels, "verdict": sentence}
     atomic_write_text(folder / "report.json", json.dumps(findings, indent=1))

@@ -3,7 +3,7 @@
     run = Run(args, data, folder, state)
     call = run.start(model, optimizer, schedule)     # or goes on where the checkpoint `state` stands
     for epoch in run.epochs():
-        for step in run.steps():                     # `accumulate` batches of image numbers
+        for batches in run.steps():                  # of image numbers, `accumulate` of them
             ...                                      # here is the method: backward, optimizer.step()
         run.end_epoch(measured)                      # numbers for this epoch's line of the history
 
@@ -53,6 +53,9 @@ class Run:
         self.batches = 0                                             # that were logged since then
         self.sums = {}                                               # of what they logged
 
+    def steps_done(self):
+        return len(self.history) * self.steps_per_epoch + self.done
+
     # ---- What a training loop asks for ---------------------------------------------------------------------
     def start(self, model, optimizer, schedule):
         """-> what to call for the model's terms; everything stands where the checkpoint was written."""
@@ -67,24 +70,26 @@ class Run:
 
     def epochs(self):
         """Yield the numbers of the epochs that are to come, from 1. After the last one a signal ends it."""
-        finished = len(self.history) * self.steps_per_epoch + self.done
-        self.bar = tqdm(total=self.total, initial=finished, unit="step", disable=rank() > 0)
+        self.bar = tqdm(total=self.total, initial=self.steps_done(), unit="step", disable=rank() > 0)
         with self.bar, noted_signals() as self.caught:
             self.save()
             while len(self.history) < self.args.epochs:
                 yield len(self.history) + 1
         if self.caught:
-            end_by_signal(self.caught[-1], self.folder)
+            end_by_signal(max(self.caught), self.folder)
         on_first_signal(lambda number: end_by_signal(number, self.folder))     # during the report
 
     def steps(self):
-        """Yield [accumulate, batch] numbers of images for each step: every image once, in random order."""
+        """Yield for each step numbers of images [accumulate, batch], in random order, none twice an epoch.
+
+        What is left after the last whole step, other images each time, is not seen.
+        """
         if self.order is None:
             order = torch.randperm(self.count, generator=self.generator, device=self.device)
             self.order = broadcast(order[:self.steps_per_epoch * self.step_size].cpu())
         shape = self.steps_per_epoch, self.args.accumulate, self.args.batch
-        for step in self.order.to(self.device).view(shape)[self.done:]:
-            yield step
+        for batches in self.order.to(self.device).view(shape)[self.done:]:
+            yield batches
             self.done += 1
             self.bar.update()
             if self.bar.n % 10 == 0:
@@ -108,12 +113,12 @@ class Run:
 
     @property
     def progress(self):
-        """Part of the run's batches that are done once the present one, not yet logged, is: above 0, to 1."""
+        """Part of the run's batches up to and with the present one: above 0, to 1. Read it before log()."""
         per_epoch = self.steps_per_epoch * self.args.accumulate
         return (len(self.history) * per_epoch + self.batches + 1) / (self.args.epochs * per_epoch)
 
     def log(self, numbers):
-        """A batch's {name: number}, scalar tensors or not; history has their means over an epoch."""
+        """A batch's {name: number}, "loss" among them, scalar tensors or not; history has their means."""
         self.batches += 1
         self.loss = numbers["loss"]
         for name, value in numbers.items():
@@ -133,7 +138,13 @@ class Run:
 
     # ---- Checkpoints ---------------------------------------------------------------------------------------
     def save(self):
-        """Writes last.pt and metrics.jsonl; ends the program if loss or weights are no numbers any more."""
+        """Writes last.pt and metrics.jsonl; ends the program if loss or weights are no numbers any more.
+
+        RuntimeError if the schedule has not made one step for each of the optimiser's.
+        """
+        if self.parts["schedule"].last_epoch != self.steps_done():
+            raise RuntimeError(f"call schedule.step() after each step: it stands at "
+                               f"{self.parts['schedule'].last_epoch}, the run at {self.steps_done()}")
         losses = [line["loss"] for line in self.history[-1:]]
         weights = self.model.parameters()
         if not (all(map(math.isfinite, losses)) and all(weight.isfinite().all() for weight in weights)):
@@ -163,8 +174,8 @@ class Run:
             self.history, self.order, self.done, self.sums = [
                 state[name] for name in ("history", "order", "done", "sums")]
             self.batches = self.done * self.args.accumulate
-            steps = len(self.history) * self.steps_per_epoch + self.done
-            if self.parts["schedule"].last_epoch != steps:
-                raise ValueError(f"steps {steps} and {self.parts['schedule'].last_epoch}")
+            steps = self.parts["schedule"].last_epoch
+            if steps != self.steps_done():
+                raise ValueError(f"steps {self.steps_done()} and {steps}")
         except Exception as error:                                   # parts missing, of other shapes
             die(f"cannot resume {self.folder}, its last.pt does not fit ({error}): start a new run")
