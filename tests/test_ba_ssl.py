@@ -42,7 +42,7 @@ def test_nt_xent_of_unrelated_embeddings_is_chance():
 
 
 def test_nt_xent_is_least_where_images_form_a_simplex():
-    """README's .579: both views of an image alike, and 64 images as far apart as they can be."""
+    """ba_ssl.md's .579: both views of an image alike, and 64 images as far apart as they can be."""
     z = torch.eye(64, dtype=torch.float64) - 1 / 64
     value = ba_ssl.nt_xent(z, z, .2).item()
     assert value == pytest.approx(math.log(1 + 126 * math.exp(-64 / 63 / .2))) == pytest.approx(.579, abs=1e-3)

@@ -348,7 +348,7 @@ def test_all_pairs_inside_torch_compile(unit):
     assert error(x.grad, y.grad) < 3e-6
 
 
-# ---- Recipes: what README shows, against the textbook ------------------------------------------------------
+# ---- Recipes: what the page shows, against the textbook ------------------------------------------------------
 def test_recipe_symmetric_loss_with_a_learnable_scale(device, unit):
     """CLIP: both directions, logits times exp(log_scale)."""
     a, b = unit(12, 8).double().requires_grad_(), unit(12, 8, 1).double().requires_grad_()

@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
-import forked
-from kernels.harness.cli import read_data
 from kernels import collapse_panel, few_label_accuracy, knn_accuracy, verdict
-
-ROOT = Path(__file__).parents[1]
+from kernels.harness.cli import read_data
+from scripts import ROOT, forked
 
 
 def white(n, d, seed=0):
@@ -208,7 +206,7 @@ def reports(request, tmp_path_factory):
         folder = small / name.replace(" ", "-").replace(",", "")
         folder.mkdir()
         arguments = ["--data", small / "small.npz", "--width", 4, *options.split(), "--out", "run"]
-        done = forked.run(ROOT / script, arguments, folder)
+        done = forked(script, arguments, folder)
         assert done.returncode == 0, done.stderr
         return json.loads((folder / "run" / "report.json").read_text())
 
@@ -224,7 +222,7 @@ def test_verdict_on_a_run(reports, run):
 
 @pytest.mark.slow
 def test_falcon_without_its_prior_ends_collapsed(tmp_path):
-    done = forked.run(ROOT / "falcon.py", ["--prior", "none", "--out", "run"], tmp_path)
+    done = forked("falcon.py", ["--prior", "none", "--out", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "report.json").read_text())["verdict"].startswith(ONE_POINT)
 

@@ -2,10 +2,8 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist, pdist
 
 import collapse_toy as toy
-
-SCRIPT = Path(__file__).parents[1] / "collapse_toy.py"
+from scripts import process
 
 
 def rng(seed=0):
@@ -578,11 +575,6 @@ def test_teacher_student_does_not_collapse_at_p_0():
 
 
 # ---- The script --------------------------------------------------------------------------------------------
-def run(folder, *args):
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
 def table(text):
     """The rows that were printed: {name: (theory, measured, apart)}."""
     rows = re.findall(r"^(.{70}) *(\S+) +(\S+) +(\S+)$", text, re.M)
@@ -595,14 +587,14 @@ def inside(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(args):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *args.split()])
+        monkeypatch.setattr(sys, "argv", ["collapse_toy.py", *args.split()])
         toy.main()
         return capsys.readouterr().out
     return call
 
 
 def test_default_run_prints_the_table_and_draws_the_figures(tmp_path):
-    done = run(tmp_path)
+    done = process("collapse_toy.py", [], tmp_path)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     folder = tmp_path / "runs" / "collapse_toy-1"
@@ -689,7 +681,7 @@ def test_bad_parameters_get_one_line_and_write_nothing(tmp_path, capsys, monkeyp
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *args.split()])
+    monkeypatch.setattr(sys, "argv", ["collapse_toy.py", *args.split()])
     with pytest.raises(SystemExit) as stopped:
         toy.main()
     out, error = capsys.readouterr()
@@ -702,7 +694,7 @@ def test_bad_parameters_get_one_line_and_write_nothing(tmp_path, capsys, monkeyp
 
 
 def test_bad_parameters_as_users_see_them(tmp_path):
-    done = run(tmp_path, "--frustration", 2)
+    done = process("collapse_toy.py", ["--frustration", 2], tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "from 0 to 0.999" in done.stderr

@@ -1,71 +1,195 @@
-"""run.py: what a training loop sees of a run."""
-import argparse
+"""kernels/harness/run.py, and the four training loops that iterate it: what each of them must do, held on small models in
+this process; and whole runs that signals, kills and losses that are not finite end.
+"""
+import copy
+import json
+import os
+import random
+import re
+import signal
 
+import numpy as np
 import pytest
 import torch
 
-import vicreg
-from kernels.harness.images import Data
-from kernels.harness.probes import examine, report
-from kernels.harness.run import Run
+from kernels.harness import run as harness_run
+from kernels.harness.files import load_checkpoint
 from kernels.harness.views import posed_view
+from scripts import ALL, ONE, SMALL, command, interrupted, killed_and_resumed
+from small import LOOPS, small_data, small_model, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+each_loop = pytest.mark.parametrize("name", LOOPS)
 
 
-def test_learning_rate_rises_for_a_tenth_and_falls_to_zero():
-    rates = [vicreg.learning_rate(step, steps=100, batch=512) for step in range(101)]
+# ---- What every loop does ----------------------------------------------------------------------------------
+@each_loop
+def test_learning_rate_rises_for_a_tenth_and_falls_to_zero(name):
+    learning_rate = LOOPS[name].learning_rate
+    rates = [learning_rate(step, steps=100, batch=512) for step in range(101)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[9] == 2
     assert rates[10] == 2
     assert rates[55] == pytest.approx(1)
     assert rates[100] == pytest.approx(0)
-    assert vicreg.learning_rate(1, steps=1, batch=512) == 2                # asked for after the last step
+    assert learning_rate(1, steps=1, batch=512) == 2                 # asked for after the last step
+    assert rates == [LOOPS["vicreg"].learning_rate(step, steps=100, batch=512) for step in range(101)]
 
 
-def arguments(**more):
-    return argparse.Namespace(batch=8, accumulate=1, epochs=2, seed=0, device="cpu", amp="off", compile=False,
-                              save_minutes=10., **more)
+class Watched(harness_run.Run):
+    """A run that notes what its loop does in each step and at the end of each epoch."""
+
+    def start(self, model, optimizer, schedule):
+        self.optimizer = optimizer
+        self.images, self.rates, self.modes, self.losses, self.gradients = [], [], [], [], []
+        return super().start(model, optimizer, schedule)
+
+    def steps(self):
+        for step in super().steps():
+            before, state = copy.deepcopy(self.model), torch.get_rng_state()
+            self.images.append([])
+            self.losses.append([])
+            self.rates.append(self.optimizer.param_groups[0]["lr"])
+            yield step
+            self.gradients.append((before, state, step, [weight.grad.clone() for weight in self.model.parameters()]))
+
+    def own(self, index):
+        self.images[-1].append(index)
+        self.modes.append(("step", self.model.training))
+        return super().own(index)
+
+    def log(self, numbers):
+        self.losses[-1].append(numbers["loss"].item())
+        super().log(numbers)
+
+    def end_epoch(self, measured):
+        self.modes.append(("end", self.model.training))
+        super().end_epoch(measured)
 
 
-def small_data(labels=True):
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(24) % 3
-    x = torch.rand(24, 1, 12, 12, generator=generator) + y[:, None, None, None]
-    return Data(x, y if labels else None, x[:9], y[:9] if labels else None, view=posed_view)
+def as_it_is(x, generator):
+    """A view in which nothing is drawn."""
+    return x
 
 
-@pytest.mark.parametrize("labels", [True, False])
-def test_any_module_from_images_to_features_can_be_the_encoder(tmp_path, labels, capsys):
-    """The contract above the rooms: no attribute of the encoder is used."""
-    torch.manual_seed(0)
-    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 10), torch.nn.BatchNorm1d(10))
-    model = vicreg.VICReg(backbone, 10, projector=(16, 16))
-    data = small_data(labels)
-    untrained = examine(model, data)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    run = Run(arguments(), data, tmp_path)
-    vicreg.train(model, optimizer, data, run)
-    report(model, data, untrained, run.history, tmp_path)
-    assert len(run.history) == 2
-    assert ("trained encoder" in capsys.readouterr().out) == labels
-    saved = torch.load(tmp_path / "encoder.pt", weights_only=True)
-    backbone.load_state_dict(saved["state_dict"])
+@pytest.fixture(scope="module", params=LOOPS)
+def watched(request, tmp_path_factory, one_thread):
+    """A run of 4 epochs of 3 steps of 2 batches of 4 of 26 images, its beta at 1."""
+    data = small_data(as_it_is, count=26)
+    model = small_model(request.param, count=26)
+    folder = tmp_path_factory.mktemp("watched")
+    return train(request.param, model, data, folder, kind=Watched, beta_rise=0.)
 
 
-def test_training_sees_each_image_once_an_epoch_and_drops_the_rest(tmp_path):
-    """20 images at 8: 16 of them, in an order of their own each epoch."""
-    seen = []
+def test_training_sees_each_image_once_an_epoch_and_drops_the_rest(watched):
+    """26 images at 8 a step: 24 of them, in an order of their own each epoch."""
+    assert len(watched.images) == 4 * 3
+    assert all(len(batch) == 4 for step in watched.images for batch in step)
+    epochs = [torch.cat(sum(watched.images[first:first + 3], [])) for first in (0, 3, 6, 9)]
+    for epoch in epochs:
+        assert len(epoch.unique()) == 24
+    assert not torch.equal(epochs[0], epochs[1])
 
-    class Watched(Run):
-        def own(self, index):
-            seen.append(index)
-            return super().own(index)
 
-    model = vicreg.VICReg(vicreg.Encoder(1, 2, width=2), 16, projector=(8, 8))
-    data = small_data()
-    data = data._replace(images=data.images[:20], labels=data.labels[:20])
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    vicreg.train(model, optimizer, data, Watched(arguments(), data, tmp_path))
-    first, second = torch.cat(seen[:2]), torch.cat(seen[2:])
-    assert len(first.unique()) == 16
-    assert len(second.unique()) == 16
-    assert not torch.equal(first, second)
+def test_steps_are_in_train_mode_and_epochs_end_in_eval_mode(watched):
+    assert watched.modes == 4 * [*6 * [("step", True)], ("end", False)]
+
+
+def test_each_step_has_the_schedules_rate(watched):
+    expected = [1e-3 * LOOPS["vicreg"].learning_rate(step, steps=12, batch=8) for step in range(12)]
+    assert watched.rates == pytest.approx(expected)
+
+
+def test_accumulated_batches_make_one_step_of_their_mean_gradient_and_no_other(watched):
+    """Made again from the weights and the random state before each step, by a model that has no gradient yet."""
+    steps = {float(part["step"]) for part in watched.optimizer.state.values()}
+    assert steps == {12}
+    data = small_data(as_it_is, count=26)
+    for (model, state, step, gradients), losses in zip(watched.gradients, watched.losses, strict=True):
+        assert all(weight.grad is None for weight in model.parameters())
+        with torch.random.fork_rng():
+            torch.set_rng_state(state)
+            for index, loss in zip(step, losses, strict=True):
+                x = data.images[index] / 255
+                takes_index = hasattr(model, "table") or hasattr(model, "fusion")
+                terms, _ = model(x, x, *[index] * takes_index)
+                total = sum(terms.values())
+                assert total.item() == pytest.approx(loss, rel=1e-6)
+                (total / 2).backward()
+        for weight, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(weight.grad, gradient)
+
+
+# ---- Signals and checkpoints inside an epoch ---------------------------------------------------------------
+@each_loop
+def test_a_signal_inside_an_epoch_saves_the_step_and_the_run_goes_on_to_the_bit(name, tmp_path, capsys):
+    whole = train(name, small_model(name), small_data(), tmp_path / "whole")
+    weights = whole.model.state_dict()
+    for attempt in range(5):
+        folder = tmp_path / f"run{attempt}"
+        rng = random.Random(attempt)
+        left = rng.randrange(1, 48)
+        if attempt == 0:
+            left = 48                                                # the last of all views
+        number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+
+        def view(x, generator):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), number)
+            return posed_view(x, generator)
+
+        with pytest.raises(SystemExit) as end:
+            train(name, small_model(name), small_data(view), folder)
+        assert end.value.code == 128 + number
+        line, = [line for line in capsys.readouterr().err.splitlines() if "--resume" in line]
+        assert f"ended by {number.name}" in line and str(folder) in line
+        state = load_checkpoint(folder / "last.pt")
+        again = train(name, small_model(name), small_data(), folder, state)
+        assert again.history == whole.history
+        assert all(torch.equal(weights[key], weight) for key, weight in again.model.state_dict().items())
+
+
+def test_a_checkpoint_within_an_epoch_is_no_older_than_save_minutes(tmp_path, monkeypatch):
+    now = iter(range(0, 10**6, 400))                                 # each look at the clock is 400 s later
+    monkeypatch.setattr(harness_run.time, "monotonic", lambda: next(now))
+    saves = []
+    monkeypatch.setattr(harness_run.torch, "save", lambda state, file: saves.append(state["done"]))
+    train("vicreg", small_model("vicreg"), small_data(), tmp_path)
+    within = [step for step in saves if step]
+    assert len(saves) - len(within) == 5                             # the start, and after each of 4 epochs
+    assert within == [2, 2, 2, 2]                                    # 800 s after each epoch's end, not 400
+
+
+# ---- Whole runs --------------------------------------------------------------------------------------------
+@command(f"{SMALL} --epochs 16", scripts=ALL, way=killed_and_resumed, slow=["icone.py", "falcon.py", "ba_ssl.py"])
+def test_a_killed_run_resumes_to_the_bit(run):
+    assert run.returncode == 0, run.stderr
+    whole, resumed = run.folder / "whole", run.folder / "run"
+    assert (whole / "metrics.jsonl").read_text() == (resumed / "metrics.jsonl").read_text()
+    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (whole, resumed))
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    for name in ("train_features", "test_features"):
+        assert np.array_equal(np.load(whole / "features.npz")[name], np.load(resumed / "features.npz")[name])
+    assert json.loads((whole / "report.json").read_text()) == json.loads((resumed / "report.json").read_text())
+
+
+@command(f"{SMALL} --epochs 3000", scripts=ONE, way=interrupted)
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(run):
+    assert run.returncode == 130
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("vicreg.py: ended by SIGINT") and last.endswith("vicreg.py --resume run")
+    state = torch.load(run.folder / "run" / "last.pt", weights_only=True)
+    assert state["schedule"]["last_epoch"] > 0
+
+
+@command(f"{SMALL} --lr 1e30", scripts=ONE)
+def test_a_loss_that_is_not_finite_stops_the_run(run):
+    assert run.returncode == 2
+    assert re.search(r"vicreg.py: loss or weights are not finite after epoch \d: .*lower --lr", run.stderr)
+    *_, bar, line, nothing = run.stderr.split("\n")                  # a bar is drawn over itself: by "\r"
+    assert "step/s" in bar
+    assert line.startswith("vicreg.py: loss or weights") and "\r" not in line
+    assert nothing == ""

@@ -43,7 +43,7 @@ def test_loss_and_gradient_equal_the_released_form(shape):
 
 
 # What each project multiplies v + v', c + c' with, its coefficients and eps; then our weights that give the same
-# loss and its value on the golden input. README carries this table.
+# loss and its value on the golden input. tests/experiments/vicreg.md carries this table.
 CONVENTIONS = {
     "facebookresearch/vicreg": (.5, 1, (25, 25, 1), 1e-4, (25, 25, 1), 53.9470),
     "lightly, stable-pretraining, pytorch-metric-learning": (.5, 1, (25, 25, 1), 1e-4, (25, 25, 1), 53.9470),

@@ -1,14 +1,12 @@
-"""Own images as their users bring them: each layout, mode and mistake on disk, trained by a process for an epoch.
+"""kernels/harness/images.py: own images as their users bring them, each layout, mode and mistake on disk, trained by a
+process for an epoch.
 
-Each test says its command and what is on the disk in the lines above it; `run` is what came of it. All runs that
-the chosen tests need are made before the first of them, as many at a time as there are cores.
+Each test says its command and what is on the disk in the lines above it: see scripts.py.
 """
 import errno
 import os
 import pickle
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -22,16 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-import forked
-import vicreg
 from kernels.harness import images as harness_images
 from kernels.harness.cli import read_data
+from kernels.harness.encoder import Encoder
+from scripts import ALL, ROOT, SMALL, Run, call, command, forked, said, saved, snippet
 
-ROOT = Path(__file__).parents[1]
-ALL = ["vicreg.py", "icone.py", "falcon.py", "ba_ssl.py"]
-SMALL = "--batch 8 --epochs 1 --width 4 --size 16"
+ONCE = f"{SMALL} --epochs 1"
 PICTURES = ["curves.png", "embedding.png", "neighbours.png", "views.png"]
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (40, 40, 210), "yellow": (230, 220, 40)}
 
 
 # ---- Images ------------------------------------------------------------------------------------------------
@@ -59,93 +54,12 @@ def write_arrays(folder, **arrays):
         np.save(folder / f"{name}.npy", array)
 
 
-def scene():
-    """Four squares [32, 32, 3] uint8: one above another, one beside another, all told apart in grey too."""
-    x = np.zeros((2, 2, 3), np.uint8)
-    x[0, 0], x[0, 1], x[1, 0], x[1, 1] = COLOURS.values()
-    return x.repeat(16, 0).repeat(16, 1)
-
-
-# ---- Runs --------------------------------------------------------------------------------------------------
-class Start:
-    """A script's start; once it is made: its folder, returncode, stdout, stderr, and files before and after.
-
-    arguments of several starts, one after another in one folder, are parted by "; "; `done` holds what came of
-    each; `between` are changes to the folder before the second start, the third, ...
-    """
-
-    def __init__(self, script, arguments, prepare, between):
-        self.script, self.prepare, self.between = script, prepare, between
-        self.starts = [shlex.split(each) for each in arguments.split("; ")]
-
-    def make(self, folder):
-        self.folder = folder
-        self.prepare(folder)
-        self.before = files(folder)
-        self.done = []
-        for number, arguments in enumerate(self.starts):
-            if number and self.between:
-                self.between[number - 1](folder)
-            self.done.append(forked.run(ROOT / self.script, arguments, folder))
-        self.returncode, self.stdout, self.stderr = (getattr(self.done[-1], name)
-                                                     for name in ("returncode", "stdout", "stderr"))
-        self.after = files(folder)
-
-    def out(self, number=1):
-        """The folder of its first run, or of another, after runs that ended well."""
-        for done in self.done:
-            assert done.returncode == 0, done.stderr
-        return self.folder / "runs" / f"{Path(self.script).stem}-{number}"
-
-    def line(self, number=1):
-        """What the line before training says of the data: "32 train and 8 test images, ..."."""
-        lines = [line for line in self.done[number - 1].stdout.splitlines() if line.startswith("data: ")]
-        assert len(lines) == 1, self.done[number - 1].stderr
-        said, size, folder = lines[0].removeprefix("data: ").split("; ")
-        assert re.fullmatch(r"[\d,]+ parameters on cpu", size)
-        assert self.folder / folder == self.out(number)
-        return said
-
-    def notes(self):
-        return [line for line in self.stdout.splitlines() if line.startswith("note:")]
-
-    def decoded(self):
-        """The arrays under runs/decoded, the oldest first."""
-        paths = sorted((self.folder / "runs" / "decoded").glob("*.npy"), key=lambda path: path.stat().st_mtime_ns)
-        return [np.load(path) for path in paths]
-
-    def features(self):
-        return np.load(self.out() / "features.npz")
-
-
-def files(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-def command(arguments, prepare, scripts=("vicreg.py",), between=()):
-    """Gives a test its run of each of the scripts: these arguments, in a folder where `prepare` put the data."""
-    starts = [pytest.param(Start(script, arguments, prepare, between), id=script) for script in scripts]
-    return pytest.mark.parametrize("run", starts, indirect=True)
-
-
-@pytest.fixture(scope="module")
-def made(request, tmp_path_factory):
-    """All runs of the chosen tests, the longest first."""
-    return forked.make_all(request, tmp_path_factory, Start, key=lambda start: -len(start.starts))
-
-
-@pytest.fixture
-def run(request, made):
-    made[request.param].result()                                         # raises what went wrong while it was made
-    return request.param
-
-
 # ---- Layouts -----------------------------------------------------------------------------------------------
 def class_folders(folder):
     write_classes(folder / "photos", "cat", "dog")
 
 
-@command(f"--data photos {SMALL}", class_folders, ALL)
+@command(f"{ONCE} --data photos", scripts=ALL, prepare=class_folders)
 def test_class_subfolders(run):
     assert run.line() == "32 train and 8 test images, 3 channels, 16 x 16 (2-D), 2 classes"
     assert not run.notes()
@@ -168,7 +82,7 @@ def awkward(folder):
     (folder / "my photos" / "chats à poil").symlink_to(folder / "elsewhere" / "猫")
 
 
-@command(f"--data 'my photos' {SMALL}", awkward)
+@command(f"{ONCE} --data 'my photos'", prepare=awkward)
 def test_links_mixed_sizes_names_with_spaces_and_other_letters_and_junk_beside_them(run):
     assert run.line() == "32 train and 8 test images, 3 channels, 16 x 16 (2-D), 2 classes"
 
@@ -178,7 +92,7 @@ def split_with_classes(folder):
     write_classes(folder / "photos" / "val", "cat", "dog", "fox", count=4)
 
 
-@command(f"--data photos {SMALL}", split_with_classes)
+@command(f"{ONCE} --data photos", prepare=split_with_classes)
 def test_train_and_val_with_class_subfolders(run):
     assert run.line() == "36 train and 12 test images, 3 channels, 16 x 16 (2-D), 3 classes"
     assert not run.notes()
@@ -191,7 +105,7 @@ def split_without_classes(folder):
         write(folder / "photos" / "test" / f"{k}.png", k)
 
 
-@command(f"--data photos {SMALL}", split_without_classes)
+@command(f"{ONCE} --data photos", prepare=split_without_classes)
 def test_train_and_test_without_labels(run):
     assert run.line() == "24 train and 7 test images, 3 channels, 16 x 16 (2-D), no classes"
     assert run.features()["test_features"].shape == (7, 32)
@@ -202,7 +116,7 @@ def split_with_a_class_too_few(folder):
     write_classes(folder / "photos" / "test", "cat", "dog", count=4)
 
 
-@command(f"--data photos {SMALL}", split_with_a_class_too_few)
+@command(f"{ONCE} --data photos", prepare=split_with_a_class_too_few)
 def test_a_class_that_one_split_lacks_is_noted(run):
     assert run.line() == "24 train and 8 test images, 3 channels, 16 x 16 (2-D), 3 classes"
     note, = run.notes()
@@ -215,7 +129,7 @@ def flat(folder):
         write(folder / "photos" / f"{k}.png", k)
 
 
-@command(f"--data photos {SMALL}", flat)
+@command(f"{ONCE} --data photos", prepare=flat)
 def test_a_flat_folder_trains_without_labels(run):
     assert run.line() == "32 train and 8 test images, 3 channels, 16 x 16 (2-D), no classes"
     assert run.notes()
@@ -233,12 +147,12 @@ def nested(folder):
     (folder / "photos" / "2024" / "back").symlink_to(folder / "photos")
 
 
-@command(f"--data photos {SMALL}", nested)
+@command(f"{ONCE} --data photos", prepare=nested)
 def test_nested_folders_train_without_labels_each_file_once(run):
     assert run.line() == "32 train and 8 test images, 3 channels, 16 x 16 (2-D), no classes"
 
 
-@command(f"--data photos {SMALL}", lambda folder: write_classes(folder / "photos", "all", count=40))
+@command(f"{ONCE} --data photos", prepare=lambda folder: write_classes(folder / "photos", "all", count=40))
 def test_one_class_subfolder_is_noted_and_trains_without_probes(run):
     assert run.line().startswith("32 train and 8 test images, 3 channels, 16 x 16 (2-D), ")
     assert run.notes()
@@ -250,7 +164,7 @@ def volumes(folder):
         write_arrays(folder / "scans", **{f"scan {k}": noise(k, (8, 10, 12))})
 
 
-@command(f"--data scans {SMALL}", volumes)
+@command(f"{ONCE} --data scans", prepare=volumes)
 def test_a_folder_of_volumes(run):
     assert run.line() == "32 train and 8 test images, 1 channel, 8 x 10 x 12 (3-D), no classes"
 
@@ -260,7 +174,7 @@ def volumes_in_class_folders(folder):
         write_arrays(folder / "scans" / f"class {k % 4}", **{f"{k}": (noise(k, (8, 8, 8)) / 255).astype(">f4")})
 
 
-@command(f"--data scans {SMALL}", volumes_in_class_folders)
+@command(f"{ONCE} --data scans", prepare=volumes_in_class_folders)
 def test_volumes_of_floats_in_another_byte_order_in_class_subfolders(run):
     assert run.line() == "32 train and 8 test images, 1 channel, 8 x 8 x 8 (3-D), 4 classes"
 
@@ -276,7 +190,7 @@ def mapped(folder):
                  test_images=noise(1, (12, 16, 16, 3)), test_labels=labels[:12])
 
 
-@command(f"--data arrays {SMALL}", mapped)
+@command(f"{ONCE} --data arrays", prepare=mapped)
 def test_arrays_on_disk_with_strings_as_labels(run):
     assert run.line() == "40 train and 12 test images, 3 channels, 16 x 16 (2-D), 4 classes"
     assert run.features()["test_features"].shape == (12, 32)
@@ -288,16 +202,9 @@ def mapped_volumes(folder):
     write_arrays(folder / "arrays", train_images=noise(0, (40, 8, 8, 8)))
 
 
-@command(f"--data arrays {SMALL}", mapped_volumes)
+@command(f"{ONCE} --data arrays", prepare=mapped_volumes)
 def test_arrays_on_disk_without_labels_and_test_images(run):
     assert run.line() == "32 train and 8 test images, 1 channel, 8 x 8 x 8 (3-D), no classes"
-
-
-def saved(**arrays):
-    """What makes small.npz of these arrays."""
-    def make(folder):
-        np.savez(folder / "small.npz", **arrays)
-    return make
 
 
 BANDS = noise(0, (40, 16, 16, 12))
@@ -305,22 +212,22 @@ CLASSES = np.arange(40) % 4
 COLUMN = CLASSES[:, None].astype(np.uint8)
 
 
-@command(f"--data small.npz {SMALL}", saved(train_images=BANDS, train_labels=CLASSES.astype(float)))
+@command(ONCE, prepare=saved(train_images=BANDS, train_labels=CLASSES.astype(float)))
 def test_twelve_bands_are_a_volume_unless_one_says_otherwise_and_whole_floats_are_labels(run):
     assert run.line() == "32 train and 8 test images, 1 channel, 16 x 16 x 12 (3-D), 4 classes"
 
 
-@command(f"--data small.npz --channels-last {SMALL}", saved(train_images=BANDS, train_labels=np.eye(4)[CLASSES]))
+@command(f"{ONCE} --channels-last", prepare=saved(train_images=BANDS, train_labels=np.eye(4)[CLASSES]))
 def test_twelve_bands_by_channels_last_and_one_hot_labels(run):
     assert run.line() == "32 train and 8 test images, 12 channels, 16 x 16 (2-D), 4 classes"
 
 
-@command(f"--data small.npz {SMALL}", saved(train_images=BANDS[..., :4], train_labels=COLUMN))
+@command(ONCE, prepare=saved(train_images=BANDS[..., :4], train_labels=COLUMN))
 def test_four_channels_are_colour_and_a_column_of_numbers_is_labels(run):
     assert run.line() == "32 train and 8 test images, 4 channels, 16 x 16 (2-D), 4 classes"
 
 
-@command(f"--data small.npz {SMALL}", saved(train_images=BANDS[..., 0], train_labels=0 * CLASSES))
+@command(ONCE, prepare=saved(train_images=BANDS[..., 0], train_labels=0 * CLASSES))
 def test_one_class_is_noted_and_trains_without_probes(run):
     assert run.line().startswith("32 train and 8 test images, 1 channel, 16 x 16 (2-D), ")
     assert run.notes()
@@ -411,7 +318,7 @@ def check_decoded(run, shown):
         assert difference <= 12, name                                    # JPEG, and inks that are no light
 
 
-@command(f"--data modes {SMALL}", write_modes(coloured_modes, gray_modes))
+@command(f"{ONCE} --data modes", prepare=write_modes(coloured_modes, gray_modes))
 def test_every_format_and_mode_comes_out_upright_and_in_its_colours(run):
     shown = {name: expected for name, _, _, expected in coloured_modes()}
     for name, _, _, expected in gray_modes():
@@ -426,7 +333,7 @@ def three_of_each():
             yield f"{copy} {name}", *rest
 
 
-@command(f"--data modes {SMALL}", write_modes(three_of_each))
+@command(f"{ONCE} --data modes", prepare=write_modes(three_of_each))
 def test_gray_images_of_every_depth_keep_one_channel(run):
     assert run.line() == "16 train and 5 test images, 1 channel, 16 x 16 (2-D), no classes"
     check_decoded(run, {name: expected for name, _, _, expected in three_of_each()})
@@ -442,7 +349,7 @@ def oblong(folder):
         image.resize([2 * side for side in image.size]).save(folder / "modes" / f"{k:02}.png")
 
 
-@command(f"--data modes {SMALL}", oblong)
+@command(f"{ONCE} --data modes", prepare=oblong)
 def test_the_shorter_side_is_fitted_and_the_middle_cut_out(run):
     check_decoded(run, {f"{k:02}": SCENE if k % 2 else SCENE.swapaxes(0, 1) for k in range(20)})
 
@@ -470,7 +377,7 @@ def where(done):
     return path
 
 
-@command("; ".join([f"--data photos {SMALL}"] * 5), class_folders, between=[keep, add, change, remove])
+@command("; ".join([f"{ONCE} --data photos"] * 5), prepare=class_folders, between=(keep, add, change, remove))
 def test_a_folder_is_decoded_once_until_a_file_is_added_changed_or_removed(run):
     assert run.line(1) == run.line(2) == "32 train and 8 test images, 3 channels, 16 x 16 (2-D), 2 classes"
     assert run.line(3).startswith("32 train and 9 test images")
@@ -479,7 +386,7 @@ def test_a_folder_is_decoded_once_until_a_file_is_added_changed_or_removed(run):
     first, second, *later = map(where, run.done)
     assert first == second
     assert len({first, *later}) == 4
-    assert (run.out(1) / "metrics.jsonl").read_text() == (run.out(2) / "metrics.jsonl").read_text()
+    assert run.metrics(1) == run.metrics(2)
     assert [len(array) for array in run.decoded()] == [40, 41, 41, 40]
     _, added, changed, removed = run.decoded()
     assert (added[0] != changed[0]).mean() > 0.9
@@ -487,21 +394,11 @@ def test_a_folder_is_decoded_once_until_a_file_is_added_changed_or_removed(run):
     assert np.array_equal(np.delete(changed, 7, 0), removed)
 
 
-@command("; ".join(f"--data photos {SMALL} --views {views}" for views in ("auto", "crops", "poses")), class_folders)
+@command("; ".join(f"{ONCE} --data photos --views {views}" for views in ("auto", "crops", "poses")),
+         prepare=class_folders)
 def test_colour_images_get_crops_unless_one_says_poses(run):
-    losses = [(run.out(number) / "metrics.jsonl").read_text() for number in (1, 2, 3)]
+    losses = [run.metrics(number) for number in (1, 2, 3)]
     assert losses[0] == losses[1] != losses[2]
-
-
-@command("; ".join([f"--data small.npz {SMALL} --width 5", f"--data small.npz {SMALL} --init runs/vicreg-1 --lr 0",
-                    f"--data small.npz {SMALL} --init runs/vicreg-1/encoder.pt --lr 0"]),
-         saved(train_images=BANDS[..., :3], train_labels=CLASSES))
-def test_init_starts_from_an_encoder_of_its_own_width(run):
-    encoders = [torch.load(run.out(number) / "encoder.pt", weights_only=True) for number in (1, 2, 3)]
-    for encoder in encoders[1:]:
-        assert encoder["config"] == encoders[0]["config"]
-        for name, value in encoders[0]["state_dict"].items():
-            assert torch.equal(encoder["state_dict"][name], value), name
 
 
 # ---- Mistakes: one line, exit code 2, no run folder ----------------------------------------------------------
@@ -552,7 +449,7 @@ def only_text(folder):
 
 def of_another_encoder(folder):
     saved(train_images=BANDS[..., 0])(folder)
-    encoder = vicreg.Encoder(3, 2, 4)
+    encoder = Encoder(3, 2, 4)
     torch.save({"config": encoder.config, "state_dict": encoder.state_dict()}, folder / "encoder.pt")
 
 
@@ -582,7 +479,7 @@ MISTAKES = [  # arguments, what makes the data, words the message must have
 
 
 @pytest.mark.parametrize("run, message", [
-    pytest.param(Start("vicreg.py", f"{arguments} {SMALL}", prepare, ()), message, id=f"{arguments} {message}")
+    pytest.param(Run("vicreg.py", f"{ONCE} {arguments}", prepare), message, id=f"{arguments} {message}")
     for arguments, prepare, message in MISTAKES], indirect=["run"])
 def test_a_mistake_gets_one_line_and_exit_code_2(run, message):
     assert run.returncode == 2, run.stderr
@@ -594,15 +491,15 @@ def test_a_mistake_gets_one_line_and_exit_code_2(run, message):
     assert not [*run.folder.glob("runs/vicreg*")]
 
 
+def test_a_pipe_is_not_waited_for(finished, capsys):
+    os.mkfifo(finished / "pipe")
+    said(capsys, call(finished, "--data", "pipe"), "neither a file nor a folder")
+    (finished / "photos").mkdir()
+    os.mkfifo(finished / "photos" / "a.png")
+    said(capsys, call(finished, "--data", "photos"), "holds 0 files")
+
+
 # ---- Snippets of the harness's page ---------------------------------------------------------------------------
-def snippet(words):
-    """The one block of Python in kernels/harness/README.md that has these words."""
-    page = (ROOT / "kernels" / "harness" / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
-    block, = (block for block in blocks if words in block)
-    return block
-
-
 def cifar_batch(name):
     """Eight images of a file, each of one colour, as CIFAR-10 has them: [8, 3072], red, green and blue planes."""
     colours = np.random.default_rng(len(name) + ord(name[-1])).integers(0, 256, (8, 3)).astype(np.uint8)
@@ -641,7 +538,7 @@ def test_cifars_own_files_train(make, words, tmp_path, monkeypatch):
         assert np.array_equal(np.concatenate(ends), expected)
     noisy = {key: arrays[key] ^ noise(0, arrays[key].shape) if "images" in key else arrays[key] for key in arrays}
     np.savez("cifar10.npz", **noisy)                                     # images of one colour would be refused
-    done = forked.run(ROOT / "vicreg.py", f"--data cifar10.npz {SMALL}".split(), tmp_path)
+    done = forked("vicreg.py", f"{ONCE} --data cifar10.npz".split(), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "data: 40 train and 8 test images, 3 channels, 32 x 32 (2-D), 4 classes; " in done.stdout
 
@@ -694,56 +591,9 @@ def test_other_libraries_data_train(words, library, make, data, said, tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, library, make())
     exec(snippet(words), {})
-    done = forked.run(ROOT / "vicreg.py", f"--data {data} {SMALL}".split(), tmp_path)
+    done = forked("vicreg.py", f"{ONCE} --data {data}".split(), tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"data: 32 train and 8 test images, {said}; " in done.stdout
-
-
-@command(f"--data small.npz {SMALL}", saved(train_images=noise(0, (40, 32, 32, 3)), train_labels=CLASSES))
-def test_the_encoder_is_tuned_and_exported_and_the_run_plotted(run, monkeypatch):
-    run.out()
-    monkeypatch.chdir(run.folder)
-    x, y = torch.rand(8, 3, 32, 32), torch.arange(8) % 4
-    names = {"loader": [(x, y)] * 30, "classes": 4}
-    exec(snippet("torch.nn.functional.cross_entropy"), names)
-    assert (names["model"](x).argmax(1) == y).all()
-
-    exec(snippet("torch.export.save"), names)
-    exported = torch.export.load("encoder.pt2").module()
-    torch.testing.assert_close(exported(x), names["encoder"](x))
-
-    exec(snippet("metrics.jsonl"), {})
-    assert Image.open("loss.png").size > (100, 100)
-
-
-TORCHVISION = """
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 512, 3, 2)
-        self.fc = nn.Linear(512, 1000)
-
-    def forward(self, x):
-        return self.fc(self.convolution(x).mean((2, 3)))
-
-class models:
-    resnet18 = Net
-"""
-
-
-def test_another_backbone_takes_the_encoders_place(tmp_path):
-    script = (ROOT / "vicreg.py").read_text()
-    line = "    encoder = load_encoder(args, data)\n"
-    assert script.count(line) == 1
-    (tmp_path / "vicreg.py").write_text(script.replace(line, snippet("resnet18")))
-    (tmp_path / "torchvision.py").write_text(TORCHVISION)
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    saved(train_images=BANDS[..., :3], train_labels=CLASSES)(tmp_path)
-    done = forked.run(tmp_path / "vicreg.py", f"--data small.npz {SMALL}".split(), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert np.load(tmp_path / "runs" / "vicreg-1" / "features.npz")["train_features"].shape == (32, 512)
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):

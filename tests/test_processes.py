@@ -1,14 +1,13 @@
-"""Several processes, gloo on this machine: the same losses and gradients as one, runs that start by torchrun."""
+"""kernels/harness/processes.py: several processes, gloo on this machine: the same losses and gradients as one, runs that
+start by torchrun, signals and kills that end them.
+"""
 import contextlib
 import functools
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,39 +15,13 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
-import ba_ssl
-import falcon
-import forked
-import icone
-import vicreg
 from kernels.harness.files import load_checkpoint
 from kernels.harness.processes import all_gather_object, data_parallel, local_slice
-from test_faults import one_thread                                           # noqa: F401  a fixture: sums in one order
+from scripts import ALL, SMALL, children, forked, saved, small_arrays, torchrun, until_it_trains
+from small import small_model
 
-ROOT = Path(__file__).parents[1]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-BATCH, COUNT, FEATURES = 16, 40, 32
-
-
-def model_of(name):
-    """A small model as its script makes it, whose projector has BatchNorm where the method has."""
-    torch.manual_seed(0)
-    encoder = vicreg.Encoder(1, 2, width=4)
-    if name == "vicreg":
-        model = vicreg.VICReg(encoder, FEATURES, projector=(24, 16))
-    elif name == "icone":
-        model = icone.IConE(encoder, FEATURES, COUNT, bank=24)
-        model.table.normal_()
-        torch.nn.functional.normalize(model.table, out=model.table)
-    elif name == "falcon":
-        model = falcon.FALCON(encoder, FEATURES, falcon.FixedDictionary(64, 16), BATCH, projector=(16,))
-    elif name == "alternating":
-        dictionary = falcon.AlternatingDictionary(64, 16, BATCH)
-        model = falcon.FALCON(encoder, FEATURES, dictionary, BATCH, projector=(16,))
-    else:
-        projector = () if name == "ba icone" else (24, 16)
-        model = ba_ssl.BASSL(encoder, FEATURES, loss=name.split()[1], projector=projector, count=COUNT)
-    return model.train()
+pytestmark = pytest.mark.usefixtures("one_thread")
+BATCH, COUNT = 16, 40
 
 
 def one_step(name):
@@ -57,7 +30,7 @@ def one_step(name):
     views = torch.rand(2, BATCH, 1, 12, 12, generator=generator)
     index = torch.randperm(COUNT, generator=generator)[:BATCH]
     own = local_slice(BATCH)
-    model = model_of(name)
+    model = small_model(name, BATCH, COUNT)
     parallel = data_parallel(model)                                          # averages for as long as it lives
     takes_index = name == "icone" or name.startswith("ba ")
     terms, notes = parallel(views[0, own], views[1, own], *[index] * takes_index)
@@ -65,7 +38,7 @@ def one_step(name):
     found = {name: value.detach() for name, value in terms.items()}
     found.update({name: torch.as_tensor(value).detach() for name, value in notes.items()})
     found.update({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
-    if isinstance(model, icone.IConE):
+    if name == "icone":
         torch.optim.SGD(model.encoder.parameters(), 0.1).step()
         model.step()
         found["table"] = model.table
@@ -114,76 +87,48 @@ def test_losses_and_gradients_are_those_of_one_process(found, name):
 
 
 # ---- As a user starts it -----------------------------------------------------------------------------------
-SMALL = ["--data", "small.npz", "--batch", "8", "--width", "4", "--projector", "16-16"]
+@pytest.fixture
+def here(tmp_path):
+    """A folder where small.npz is."""
+    saved(**small_arrays())(tmp_path)
+    return tmp_path
 
 
-def torchrun(folder, script, *arguments, count=2):
-    """So many processes of a script on small.npz, started, in a group of their own; 1: without torchrun."""
-    x = np.random.default_rng(0).integers(0, 255, (40, 8, 8)).astype(np.uint8)
-    y = np.arange(40) % 3
-    np.savez(folder / "small.npz", train_images=x, train_labels=y, test_images=x[:9], test_labels=y[:9])
-    command = [sys.executable, str(ROOT / script), *arguments]
-    if count > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    return subprocess.Popen(command, cwd=folder, text=True, start_new_session=True, env=ONE_THREAD,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def until_it_trains(started, folder):
-    while not (folder / "run" / "metrics.jsonl").exists():
-        assert started.poll() is None, started.communicate()[1]
-        time.sleep(0.05)
-
-
-def children(pid):
-    """Processes that this one started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:                                                      # it has just ended
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return sorted(found)
-
-
-def test_a_run_of_two_processes_is_ended_by_a_signal_and_goes_on_in_one(tmp_path):
-    started = torchrun(tmp_path, "vicreg.py", *SMALL, "--epochs", "60", "--out", "run")
-    until_it_trains(started, tmp_path)
+def test_a_run_of_two_processes_is_ended_by_a_signal_and_goes_on_in_one(here):
+    started = torchrun("vicreg.py", [*SMALL.split(), "--epochs", "60", "--out", "run"], here)
+    until_it_trains(started, here)
     started.send_signal(signal.SIGTERM)
     stdout, stderr = started.communicate(timeout=60)
     assert started.returncode != 0
     assert stdout.count("data: 40 train") == 1                               # one process speaks
     line, = [line for line in stderr.splitlines() if "vicreg.py: ended by" in line]
     assert line.endswith("--resume run")
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    state = torch.load(here / "run" / "last.pt", weights_only=True)
     assert len(state["generators"]) == 2
     assert 0 < state["schedule"]["last_epoch"] < 300
 
-    done = forked.run(ROOT / "vicreg.py", ["--resume", "run"], tmp_path)
+    done = forked("vicreg.py", ["--resume", "run"], here)
     assert done.returncode == 0, done.stderr
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (here / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [*range(1, 61)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["vicreg.py", "icone.py", "falcon.py", "ba_ssl.py"])
-def test_two_processes_to_the_end(tmp_path, script):
-    options = ["--data", "small.npz", "--batch", "8", "--width", "4", "--epochs", "3", "--out", "run"]
-    started = torchrun(tmp_path, script, *options)
+@pytest.mark.parametrize("script", ALL)
+def test_two_processes_to_the_end(here, script):
+    started = torchrun(script, [*SMALL.split(), "--out", "run"], here)
     stdout, stderr = started.communicate(timeout=300)
     assert started.returncode == 0, stderr
     assert stdout.count("trained encoder") == 1
     assert {"report.json", "encoder.pt", "features.npz", "neighbours.png"} <= {
-        file.name for file in (tmp_path / "run").iterdir()}
+        file.name for file in (here / "run").iterdir()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_where_one_process_fails_all_end_within_a_minute(tmp_path, victim):
-    started = torchrun(tmp_path, "vicreg.py", *SMALL, "--epochs", "30000", "--out", "run")
-    until_it_trains(started, tmp_path)
+def test_where_one_process_fails_all_end_within_a_minute(here, victim):
+    started = torchrun("vicreg.py", [*SMALL.split(), "--epochs", "30000", "--out", "run"], here)
+    until_it_trains(started, here)
     workers = children(started.pid)
     assert len(workers) == 2
     os.kill(workers[victim], signal.SIGKILL)
@@ -193,16 +138,16 @@ def test_where_one_process_fails_all_end_within_a_minute(tmp_path, victim):
     assert started.returncode != 0
     assert f"rank      : {victim}" in stderr and "Signal 9" in stderr
     assert "Traceback" not in stderr.split("ChildFailedError")[0].rsplit("Traceback", 1)[0]      # but torchrun's own
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["config"]["epochs"] == 30000
+    assert torch.load(here / "run" / "last.pt", weights_only=True)["config"]["epochs"] == 30000
 
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
-    """README: .860 ± .010, .885 ± .012 over three seeds."""
+    """The front page: .860 ± .010, .885 ± .012 over three seeds."""
     reached = []
     for seed in range(3):
         out = tmp_path / str(seed)
-        started = torchrun(tmp_path, "vicreg.py", "--seed", str(seed), "--out", str(out))
+        started = torchrun("vicreg.py", ["--seed", seed, "--out", out], tmp_path)
         _, stderr = started.communicate(timeout=900)
         assert started.returncode == 0, stderr
         reached.append(json.loads((out / "report.json").read_text())["probes"]["trained encoder"])
@@ -211,19 +156,19 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_of_all_processes_is_told_once(tmp_path):
-    started = torchrun(tmp_path, "vicreg.py", *SMALL, "--batch", "7")
+def test_a_mistake_of_all_processes_is_told_once(here):
+    started = torchrun("vicreg.py", [*SMALL.split(), "--batch", "7"], here)
     _, stderr = started.communicate(timeout=60)
     assert started.returncode != 0
     assert stderr.count("--batch 7 is that of all 2 processes") == 1
 
 
 # ---- 50 kills ----------------------------------------------------------------------------------------------
-SCRIPTS = ["vicreg.py", "icone.py", "falcon.py", "ba_ssl.py"]
+KILLED = [*SMALL.split(), "--epochs", "12", "--out", "run"]
 # Random moments, and those at which a file is being written or has just been.
 MOMENTS = ["last.pt.part", "report.json", "encoder.pt", "features.npz.part", *range(6)]
-KILLS = [(script, 1, moment) for script in SCRIPTS for moment in MOMENTS]
-KILLS += [(script, 2, moment) for script in SCRIPTS for moment in ("last.pt.part", "report.json", 0)]
+KILLS = [(script, 1, moment) for script in ALL for moment in MOMENTS]
+KILLS += [(script, 2, moment) for script in ALL for moment in ("last.pt.part", "report.json", 0)]
 
 
 def whole_files(folder):
@@ -254,23 +199,21 @@ def uninterrupted(tmp_path_factory):
     @functools.cache
     def of(script, count):
         folder = tmp_path_factory.mktemp("whole")
+        saved(**small_arrays())(folder)
         began = time.monotonic()
-        started = torchrun(folder, script, *KILLED, count=count)
+        started = torchrun(script, KILLED, folder, count)
         _, stderr = started.communicate(timeout=300)
         assert started.returncode == 0, stderr
         return *outcome(folder / "run"), time.monotonic() - began
     return of
 
 
-KILLED = ["--data", "small.npz", "--batch", "8", "--width", "4", "--epochs", "12", "--out", "run"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("script, count, moment", KILLS)
-def test_a_kill_at_any_moment_loses_nothing(script, count, moment, uninterrupted, tmp_path):
+def test_a_kill_at_any_moment_loses_nothing(script, count, moment, uninterrupted, here):
     metrics, report, numbers, seconds = uninterrupted(script, count)
-    started = torchrun(tmp_path, script, *KILLED, count=count)
-    folder = tmp_path / "run"
+    started = torchrun(script, KILLED, here, count)
+    folder = here / "run"
     if isinstance(moment, str):
         while started.poll() is None and not (folder / moment).exists():
             pass
@@ -283,7 +226,7 @@ def test_a_kill_at_any_moment_loses_nothing(script, count, moment, uninterrupted
     if folder.exists():
         whole_files(folder)
     again = ["--resume", "run"] if (folder / "last.pt").exists() else KILLED
-    resumed = torchrun(tmp_path, script, *again, count=count)
+    resumed = torchrun(script, again, here, count)
     _, stderr = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, stderr
     metrics_again, report_again, numbers_again = outcome(folder)
