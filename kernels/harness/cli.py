@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,12 +22,14 @@ from .. import __version__
 from .digits import posed_digits
 from .encoder import Encoder
 from .files import atomic_write_text, load_checkpoint, lock_folder
-from .images import digest, read_images
+from .images import digest
 from .processes import broadcast, die, join_process_group, main_process_first, rank, world_size
+from .reading import read_images
 from .views import cropped_view, posed_view
 
-NOT_TYPED = "encoder", "digest", "method", "version"             # what config.json holds beside the options
-CUT_SHORT = {"config.json", "untrained.json", "views.png"}       # what a run has that never began to train
+NOT_TYPED = "encoder", "digest", "numbers", "method", "version"      # what config.json holds beside options
+# What a run has that never began to train.
+CUT_SHORT = {"config.json", "skipped.txt", "untrained.json", "views.png"}
 
 
 # ---- Types of options --------------------------------------------------------------------------------------
@@ -49,6 +52,19 @@ def layer_sizes_or_none(text):
     return [] if text == "none" else layer_sizes(text)
 
 
+def range_of_numbers(words):
+    """[dtype], or two numbers, the first one less -> ("dtype",) or (low, high)."""
+    if words == ["dtype"]:
+        return ("dtype",)
+    try:
+        low, high = map(float, words)
+    except ValueError:
+        die(f"--range {' '.join(words)}: give two numbers, those that become black and white, or dtype")
+    if not -math.inf < low < high < math.inf:
+        die(f"--range {' '.join(words)}: the first number must be less than the second")
+    return low, high
+
+
 def filled(text):
     """Any text but none, which an unset variable leaves."""
     if not text:
@@ -63,18 +79,32 @@ def options(method, description, batch, epochs, lr, least_batch=1):
     parser = argparse.ArgumentParser(description=title, usage="%(prog)s [options]", allow_abbrev=False,
                                      add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = die
-    parser.set_defaults(encoder=None, digest=None, method=method, version=__version__)
+    parser.set_defaults(encoder=None, digest=None, numbers=None, method=method, version=__version__)
     add_own = parser.add_argument_group(method).add_argument
     count = bounded(int, 1)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="digits",
-        help="digits, digits3d, a .npz file in MedMNIST's layout, or a folder: of image files (in class "
-        "subfolders or not, in train/ with test/ or val/ or not), of .npy volumes, or of train_images.npy")
+    add("--data", type=filled, default="digits",
+        help="digits, digits3d, a folder of image files (in class subfolders or not, in train/ with test/ or "
+        "val/ or not), of NIfTI or .npy volumes, of train_images.npy or of IDX files, a .npz in MedMNIST's "
+        "layout, a .npy, a TIFF stack, or hf:NAME[:SPLIT] of Hugging Face's datasets")
     add("--size", type=bounded(int, 4, 10_000), default=64, help="canvas of images from a folder, N x N")
+    add("--fit", default="crop", choices=["crop", "pad", "stretch"],
+        help="how an image comes to the canvas: its middle, all within a border, or out of shape")
+    add("--range", nargs="+", metavar=("LOW", "HIGH"),
+        help="numbers in the files that become black and white, or dtype: all that their kind holds; not "
+        "given: 0 to 255 for uint8, the 0.1 and 99.9 percentiles of the set for all else")
+    add("--pages", default="auto", choices=["auto", "first", "channels", "volume"],
+        help="of a TIFF whose pages are not said to be channels; auto: first")
     add("--channels-last", action="store_true", help="arrays [N, H, W, C] are images of C bands, not volumes")
+    add("--labels", type=filled, default="auto",
+        help="auto: class subfolders; top: the first subfolder's name; or a .csv with the columns file, "
+        "class and perhaps group, of which none is split")
+    add("--strict", action="store_true", help="end at a file that cannot be read; else one in ten is skipped")
     add("--views", default="auto", choices=["auto", "crops", "poses"],
         help="what training shows: crops and colours, as of photographs, or poses; auto: crops for RGB")
+    add("--pose", type=bounded(float, 0, 10), default=1., help="strength of turns, sizes and shifts of poses")
+    add("--noise", type=bounded(float, 0, 100), default=1., help="strength of the noise of poses")
 
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=bounded(int, least_batch), default=batch,
@@ -110,6 +140,8 @@ def parse(parser):
     """The options, and the checkpoint to go on from or None; a resumed run keeps its own options, but for
     --out, which is where it lies now."""
     args = parser.parse_args()
+    if args.range:
+        args.range = range_of_numbers(args.range)
     if args.resume is None:
         return args, None
     if sum(word.startswith("--") for word in sys.argv) > 1:
@@ -128,6 +160,7 @@ def parse(parser):
         Encoder(**not_typed["encoder"])
         config["out"] = args.resume
         args = parser.parse_args(as_typed(config))       # checks a file's options as those of a person
+        args.range = config["range"]
         for name, value in config.items():
             again = getattr(args, name)
             if again != value:                           # of a kind that is not written as it is read
@@ -141,7 +174,7 @@ def as_typed(config):
     """Options as the words that give them."""
     words = []
     for name, value in config.items():
-        if value is not None and value is not False:
+        if value is not None and value is not False and name != "range":
             option = f"--{name.replace('_', '-')}"
             text = ("-".join(map(str, value)) or "none") if isinstance(value, list) else value
             words.append(option if value is True else f"{option}={text}")
@@ -160,26 +193,37 @@ def join_device(args):
         die(f"--batch {args.batch} is that of all {world_size()} processes: give a multiple")
 
 
-def read_data(name, size=64, channels_last=False, views="auto"):
+def read_data(name, views="auto", pose=1., noise=1., **reading):
     """The digits, or what read_images finds in a file or folder; with the views that suit it."""
+    padding = "zeros"
     if name in ("digits", "digits3d"):
         data = posed_digits(axes=2 if name == "digits" else 3)
     else:
         try:
-            data = read_images(name, size, channels_last)
+            data = read_images(name, **reading)
         except (OSError, ValueError) as error:
             die(str(error))
+        if len(data.images.shape) == 5:
+            padding = "border"                                       # black would cut tissue off
     photographs = data.images.shape[1] == 3 and len(data.images.shape) == 4
-    if views == "crops" and not photographs:
-        die(f"--views crops: {name} holds no 2-D images of three channels; use poses")
-    return data._replace(view=cropped_view if photographs and views != "poses" else posed_view)
+    if views == "crops" and len(data.images.shape) == 5:
+        die(f"--views crops: {name} holds volumes, which have poses alone")
+    if views == "crops" or (views == "auto" and photographs):
+        if (pose, noise) != (1, 1):
+            die("--pose and --noise are of poses: give --views poses, or leave them out")
+        return data._replace(view=cropped_view)
+    if (pose, noise, padding) == (1, 1, "zeros"):
+        return data._replace(view=posed_view)
+    return data._replace(view=partial(posed_view, pose=pose, noise=noise, padding=padding))
 
 
 def load_data(args):
     """The data of --data, once the device is ready; ends the program if this run cannot take them."""
     join_device(args)
     with main_process_first():                                       # it decodes, the others find the array
-        data = read_data(args.data, args.size, args.channels_last, args.views)
+        data = read_data(args.data, args.views, args.pose, args.noise, size=args.size, fit=args.fit,
+                         channels_last=args.channels_last, pages=args.pages, value_range=args.range,
+                         labels=args.labels, strict=args.strict)
     there = f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images"
     if len(data.test_images) < 4:
         die(f"{there}: 4 test images at least are needed, and 16 to hold out a fifth")
@@ -191,6 +235,7 @@ def load_data(args):
     if args.digest not in (None, found):
         die(f"cannot resume: {args.data} holds other images than those this run began with")
     args.digest = found
+    args.numbers = data.numbers
     return data
 
 

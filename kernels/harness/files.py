@@ -34,7 +34,7 @@ def atomic_write(path):
 def atomic_write_text(path, text):
     """As Path.write_text, but whole or not at all."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def load_checkpoint(path):

@@ -1,65 +1,74 @@
-"""Images from anywhere as tensors: an .npz archive, .npy arrays larger than memory, a folder of image files.
+"""Sets of images as tensors in [0, 1]: in memory, or on the disk and read when asked for.
 
-    data = read_images("photos", size=64)        # class subfolders, train/ with test/ or val/, or neither
-    x = pixels(data.images, rows, "cuda")        # float32 [n, C, *S] in [0, 1]
+    x = pixels(data.images, rows, "cuda")        # float32 [n, C, *S] in [0, 1], of reading.py's Data
+    h = encode(encoder, data.images)             # [N, E]
 
-Files are decoded in threads, once: into one uint8 array under runs/decoded, which later runs find. Arrays
-that lie on disk stay there; nothing makes a float copy of a whole set. What cannot be read raises ValueError
-with one line that says what to do. Needs numpy, scikit-learn, Pillow and tqdm beside torch.
+Arrays that lie on disk stay there, and nothing makes a float copy of a whole set. Needs numpy and tqdm beside
+torch.
 """
-import hashlib
-import os
 import zlib
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-KEYS = "train_images train_labels test_images test_labels".split()
+from .numbers import number_range
 
-# images [N, C, *S], uint8 (0 to 255) or float (0 to 1): a tensor, or OnDisk. labels [N] int64, numbers of
-# `classes`, or None. view(batch, generator): a random view of a batch, for who trains on it.
-Data = namedtuple("Data", "images labels test_images test_labels classes view", defaults=[(), None])
+# images [N, C, *S]: a tensor, uint8 (0 to 255) or float (0 to 1), or Images, which gives such tensors.
+# labels [N] int64, numbers of `classes`, or None.
+# view(batch, generator): a random view of a batch, for who trains on it.
+# files, test_files: the name of each image, relative to the folder, or None. skipped: [(name, reason)].
+# numbers: what became of the numbers in the files, {"dtype", "low", "high", "rule", "outside"}.
+# whole(rows): training images before anything was cut off, or None.
+FIELDS = "images labels test_images test_labels classes view files test_files skipped numbers whole"
+Data = namedtuple("Data", FIELDS, defaults=[(), None, None, None, (), None, None])
 
 
 # ---- Sets of images ----------------------------------------------------------------------------------------
-def channels_first(array, channels_last):
-    """[N, *S, C], or [N, *S] if not channels_last -> tensor [N, C, *S] of the same memory, but float64."""
-    native = array.dtype.newbyteorder("=")
-    x = torch.from_numpy(array.astype(native, copy=False))
-    if x.dtype == torch.float64:
-        x = x.float()
-    return x.movedim(-1, 1) if channels_last else x[:, None]
+class Images:
+    """The images `rows` of an array in memory or mapped from an .npy file, brought to [0, 1] when asked for.
 
+    images[index] -> tensor [len(index), C, *S]: uint8 if low, high are 0, 255 and the array is, else float32.
+    """
 
-class OnDisk:
-    """The images `rows` of an .npy file, read when asked for: images[index] -> tensor [len(index), C, *S]."""
-
-    def __init__(self, path, rows, channels_last):
-        self.path = path
-        self.rows = torch.as_tensor(rows)
-        self.channels_last = channels_last
+    def __init__(self, raw, low, high, rows=None):
+        self.raw = raw
+        self.low = low
+        self.high = high
+        self.rows = torch.arange(len(raw.array)) if rows is None else torch.as_tensor(rows)
+        self.plain = raw.array.dtype == np.uint8 and (low, high) == (0, 255)
         self.shape = len(self), *self[:1].shape[1:]
 
     def __len__(self):
         return len(self.rows)
 
+    def numbers(self, index):
+        """As the file has them, channels first."""
+        array = self.raw.array
+        if isinstance(array, np.memmap):
+            array = np.load(array.filename, mmap_mode="r")           # anew: what was read leaves the memory
+        x = array[self.rows[index].numpy()]
+        if self.raw.channels is None:
+            return x[:, None]
+        return x if self.raw.channels == "first" else np.moveaxis(x, -1, 1)
+
     def __getitem__(self, index):
-        file = np.load(self.path, mmap_mode="r")                     # anew: what was read leaves the memory
-        return channels_first(file[self.rows[index].numpy()], self.channels_last)
+        x = self.numbers(index)
+        if self.plain:
+            return torch.from_numpy(np.ascontiguousarray(x))
+        exact = x.dtype.itemsize <= 2 or x.dtype.name == "float32"   # as float32
+        x = x.astype(np.float32 if exact else np.float64)
+        x -= x.dtype.type(self.low)
+        x /= x.dtype.type(self.high - self.low)
+        x = x.clip(0, 1).astype(np.float32, copy=False)
+        return torch.from_numpy(x)
 
 
 def choose(images, rows):
     """These rows as a set of their own."""
-    if isinstance(images, OnDisk):
-        return OnDisk(images.path, images.rows[rows], images.channels_last)
+    if isinstance(images, Images):
+        return Images(images.raw, images.low, images.high, images.rows[rows])
     return images[rows]
 
 
@@ -112,262 +121,81 @@ def limited(data, most=10_000):
     return data._replace(labels=data.labels[train], test_labels=data.test_labels[test])
 
 
-# ---- Arrays ------------------------------------------------------------------------------------------------
-def image_set(path, key, array, channels_last):
-    """Images of an array [N, *S] or [N, *S, C] in memory or mapped; ValueError if they are none."""
-    last = channels_last or array.ndim == 5 or (array.ndim == 4 and array.shape[-1] in (1, 3, 4))
-    sides = array.shape[1:array.ndim - last]
-    if len(sides) not in (2, 3) or min(sides) < 4 or array.dtype.name not in ("uint8", "float32", "float64"):
-        raise ValueError(f"{path}: {key} is {array.dtype} {[*array.shape]}, not uint8 or float [N, H, W], "
-                         "[N, H, W, C], [N, D, H, W], [N, D, H, W, C], sides of 4 at least; C of 2, 5 or "
-                         "more needs --channels-last")
-    if isinstance(array, np.memmap):
-        images = OnDisk(array.filename, range(len(array)), last)
-    else:
-        images = channels_first(array, last)
-
-    if array.dtype != np.uint8:
-        for part in in_parts(images):
-            x = images[part]
-            if not (x.min() >= 0 and x.max() <= 1):                  # NaN fails both
-                raise ValueError(f"{path}: {key} holds NaN or values outside [0, 1] (uint8: 0 to 255): "
-                                 "clean it first")
-    return images
+# ---- What the numbers mean ---------------------------------------------------------------------------------
+def extremes(name, images):
+    """Least and greatest of all numbers; ValueError if one of them is NaN or infinite."""
+    least, greatest = np.inf, -np.inf
+    for part in in_parts(images):
+        x = images.numbers(part)
+        least, greatest = min(least, x.min()), max(greatest, x.max())
+        if not np.isfinite([least, greatest]).all():                 # min and max pass NaN on
+            raise ValueError(f"{name} holds NaN or infinite numbers: clean it first")
+    return least, greatest
 
 
-def read_arrays(path, channels_last):
-    """MedMNIST's layout: an .npz archive, or a folder of .npy files, which stay on disk."""
-    try:
-        if path.is_dir():
-            there = [file.stem for file in path.glob("*.npy")]
-            found = {key: np.load(path / f"{key}.npy", mmap_mode="r") for key in KEYS if key in there}
-        else:
-            with np.load(path) as archive:
-                there = archive.files
-                found = {key: np.asarray(archive[key]) for key in KEYS if key in there}     # some are bytes
-    except Exception as error:                                       # a bad archive raises any of seven kinds
-        raise ValueError(f"{path} cannot be read as .npz ({error}): check the path, or fetch it again")
-    if "train_images" not in found:
-        raise ValueError(f"{path} has no train_images, but {', '.join(there) or 'nothing'}: the keys are "
-                         f"{', '.join(KEYS)}, all but the first optional")
-    for key in {"train_images", "test_images"} & found.keys():
-        found[key] = image_set(path, key, found[key], channels_last)
-    return found
+def some_numbers(images, most=2**22):
+    """Some of the numbers in the files, 1-D: of 100 images at least, evenly from each."""
+    each = images[:1].numel()
+    rows = sample_rows(len(images), max(100, most // each))[:4000]
+    step = max(1, each * len(rows) // most)
+    parts = [images.numbers(part).ravel()[::step] for part in rows.split(256)]
+    return np.concatenate(parts)
 
 
-# ---- Folders of files --------------------------------------------------------------------------------------
-# What Pillow reads of photographs and microscopes; volumes come as .npy.
-ENDINGS = set(".jpg .jpeg .png .bmp .gif .tif .tiff .webp".split())
+def to_unit(name, found, wanted=None, kind=None):
+    """{key: Raw} of one set -> {key: Images or tensor}, and what became of the numbers: one rule for all.
 
-
-def find_files(folder):
-    """Image files below the folder, sorted; links are followed, hidden ones are not. Else .npy volumes."""
-    files = []
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        if Path(root).resolve() in seen:                             # a link back to where we came from
-            folders.clear()
-            continue
-        seen.add(Path(root).resolve())
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    files = sorted(file for file in files if not file.is_fifo())     # nobody may ever write into a pipe
-    images = [file for file in files if file.suffix.lower() in ENDINGS]
-    return images or [file for file in files if file.suffix == ".npy"]
-
-
-def class_names(files, folder):
-    """The subfolder of each file if all lie in one, none deeper, and they are two at least; else None."""
-    names = [file.parent.name for file in files]
-    flat = all(file.parent.parent == folder for file in files)
-    return names if flat and len(set(names)) > 1 else None
-
-
-def is_gray(file):
-    """Whether an image is of one channel, 8 bits or 16; of volumes and of what is broken nobody asks."""
-    try:
-        with Image.open(file) as image:
-            return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-    except OSError:                                                  # decode() says what is wrong
-        return True
-
-
-def decode(file, size, mode):
-    """An image file, upright, shorter side brought to `size`, centre cut out; what is transparent is white.
-
-    mode "L" or "RGB" -> uint8 [size, size] or [size, size, 3]. A volume in an .npy file comes as it is.
+    wanted: as of number_range. kind: of the numbers in the files, if they are kept as another one.
     """
-    if file.suffix == ".npy":
-        volume = np.load(file)
-        if volume.dtype != np.uint8 and not (volume.min() >= 0 and volume.max() <= 1):
-            raise ValueError("NaN or values outside [0, 1]")
-        return volume
-    with Image.open(file) as image:
-        image.draft(mode, (size, size))                              # large JPEGs: as many pixels as needed
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                               # 16 bits
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return np.asarray(ImageOps.fit(image.convert(mode), (size, size)))
-
-
-def for_each(function, files, task):
-    """Yield function(file) in the files' order, computed in threads; ValueError at the end if some fail."""
-    broken = {}
-
-    def attempt(file):
-        try:
-            return function(file)
-        except Exception as error:                                   # whatever Pillow meets in a file
-            broken[file] = error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(files, task, delay=1, unit="file") as bar:
-        for first in range(0, len(files), 1024):
-            for result in pool.map(attempt, files[first:first + 1024]):
-                bar.update()
-                if not broken:
-                    yield result
-    if broken:
-        file = min(broken)
-        raise ValueError(f"{file} cannot be read ({broken[file]}); of the same kind: {len(broken) - 1} other."
-                         " Repair or remove what is broken")
-
-
-def write_array(path, arrays, count):
-    """`count` arrays of one shape, one after the other, as one .npy file."""
-    with open(path, "wb") as out:
-        first = None
-        for array in arrays:
-            if first is None:
-                first = array
-                header = {"descr": np.lib.format.dtype_to_descr(first.dtype),
-                          "fortran_order": False,
-                          "shape": (count, *first.shape)}
-                np.lib.format.write_array_header_1_0(out, header)
-            if array.shape != first.shape or array.dtype != first.dtype:
-                raise ValueError(f"volumes differ: {first.dtype} {[*first.shape]} and {array.dtype} "
-                                 f"{[*array.shape]}; all must be of one shape and kind")
-            out.write(array.tobytes())
-
-
-def decode_all(files, name, size):
-    """All files as one array in an .npy file under runs/decoded, made once -> its path.
-
-    Its name holds a hash of all names, sizes and times: where one of them changes, it is made anew.
-    """
-    marks = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    mark = hashlib.sha256("\n".join([str(size), *marks]).encode()).hexdigest()[:12]
-    path = Path("runs", "decoded", f"{name}-{mark}.npy")
-    if path.exists():
-        print(f"decoded images: found in {path}")
-        return path
-
-    mode = "L" if all(for_each(is_gray, files, "looking at")) else "RGB"
-    arrays = for_each(partial(decode, size=size, mode=mode), files, "decoding")
+    sets = {key: found[key] for key in ("train_images", "test_images") if key in found}
+    kinds = [raw.array.dtype.name for raw in sets.values()]
+    if len(set(kinds)) > 1:
+        raise ValueError(f"{name}: training images are {kinds[0]}, test images {kinds[1]}; both must be of "
+                         "one kind")
+    dtype = np.dtype(kinds[0])
+    plain = {key: Images(raw, 0, 1) for key, raw in sets.items()}
+    shapes = [[*images.shape[1:]] for images in plain.values()]
+    if shapes[0] != shapes[-1]:
+        raise ValueError(f"{name}: images of {shapes[0]} for training, {shapes[1]} for testing; both must be "
+                         "of one shape")
+    sample = np.concatenate([some_numbers(images) for images in plain.values()])
+    if dtype.kind == "f":
+        ends = [extremes(f"{name}: {key}", images) for key, images in plain.items()]
+        sample = np.append(sample, np.array(ends, dtype))
     try:
-        with TemporaryDirectory(prefix=".decoding-", dir=".") as scratch:        # gone if this ends early
-            whole = Path(scratch, "images.npy")
-            write_array(whole, arrays, len(files))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            whole.replace(path)
-    except OSError as error:                                         # a file that is broken raises ValueError
-        raise ValueError(f"cannot write what {len(files)} files decode to below {Path.cwd()} "
-                         f"({error.strerror}): make room, a smaller --size, or start in another folder")
-    print(f"decoded images: kept in {path}; made anew where a file is added, removed or changed")
-    return path
+        low, high, rule = number_range(kind or dtype, sample, wanted)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}")
+    outside = float(((sample < low) | (sample > high)).mean())
+    scaled = {key: tensor_or_images(Images(raw, low, high)) for key, raw in sets.items()}
+    numbers = {"dtype": str(kind or dtype), "low": low, "high": high, "rule": rule, "outside": outside}
+    return found | scaled, numbers
 
 
-def read_folder(path, size, channels_last):
-    """Image files, or volumes: in train/ with test/ or val/, or all together; class subfolders or none."""
-    parts = [path]
-    if (path / "train").is_dir():
-        others = [path / name for name in ("test", "val") if (path / name).is_dir()]
-        parts = [path / "train", *others[:1]]
-    files = [find_files(part) for part in parts]
-    together = sum(files, [])
-    if len(together) < 5:
-        raise ValueError(f"{path} holds {len(together)} files that end in {', '.join(sorted(ENDINGS))} or "
-                         ".npy: 5 at least are needed")
-    array = decode_all(together, path.resolve().name, size)
-    whole = image_set(array, path.name, np.load(array, mmap_mode="r"), channels_last)
-
-    found = {}
-    rows = torch.arange(len(together)).split([len(group) for group in files])
-    for split, part, group, own in zip(("train", "test"), parts, files, rows):
-        found[f"{split}_images"] = choose(whole, own)
-        names = class_names(group, part)
-        if names:
-            found[f"{split}_labels"] = np.array(names)
-    return found
+def tensor_or_images(images):
+    """Images in memory that need no scaling as a tensor of that memory (float64: a copy); else as given."""
+    array = images.raw.array
+    as_they_are = array.dtype.kind == "f" and (images.low, images.high) == (0, 1)
+    if isinstance(array, np.memmap) or not (images.plain or as_they_are):
+        return images
+    x = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    if x.dtype != torch.uint8:
+        x = x.float()
+    if images.raw.channels is None:
+        return x[:, None]
+    return x if images.raw.channels == "first" else x.movedim(-1, 1)
 
 
-# ---- Labels ------------------------------------------------------------------------------------------------
-def class_of_each(name, y, count):
-    """Labels as they come, [N], [N, 1] or one-hot [N, K] -> [N] whole numbers or strings."""
-    one_hot = y.ndim == 2 and y.shape[1] > 1 and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all()
-    y = y.argmax(1) if one_hot else y
-    if y.dtype.kind == "f" and (y == y.round()).all():
-        y = y.astype(np.int64)
-    if y.size != count or y.dtype.kind not in "iubUS" or (y.dtype.kind == "i" and y.min() < 0):
-        raise ValueError(f"{name} is {y.dtype} {[*y.shape]} for {count} images: not one class each (whole "
-                         "numbers from 0, strings, or one-hot); take it out to train without labels")
-    return y.ravel()
+def in_words(numbers):
+    """The line on them that every run prints."""
+    def between(low, high):
+        return f"{low:,.6g} to {high:,.6g}"
 
-
-def number_classes(name, y, y_test):
-    """Labels of both splits, or None -> their numbers, tensors [N] int64 or None, and the classes."""
-    classes = [] if y is None or y_test is None else np.unique(np.concatenate([y, y_test]))
-    if len(classes) < 2:
-        print(f"note: {name} has no labels of two classes for training and testing: no probes")
-        return None, None, ()
-    once = np.setxor1d(y, y_test)
-    if len(once):
-        print(f"note: classes in one split only: {', '.join(map(str, once[:10]))}")
-    numbers = [torch.from_numpy(np.searchsorted(classes, labels)) for labels in (y, y_test)]
-    return *numbers, classes
-
-
-# ---- Public ------------------------------------------------------------------------------------------------
-def read_images(name, size=64, channels_last=False):
-    """Data of an .npz file or a folder: of image files, of .npy volumes, of train_images.npy and so on.
-
-    size            image files are brought to size x size
-    channels_last   arrays [N, H, W, C] are images of C channels; else only where C is 1, 3 or 4
-    A fifth is held out, the same in every run, where there is no test part. ValueError for what cannot be
-    read; notes on what is odd are printed.
-    """
-    path = Path(name)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ValueError(f"{name} is neither a file nor a folder")
-    if path.is_dir() and not (path / "train_images.npy").exists():
-        found = read_folder(path, size, channels_last)
-    else:
-        found = read_arrays(path, channels_last)
-    x, y, x_test, y_test = [found.get(key) for key in KEYS]
-    if y is not None:
-        y = class_of_each(f"{name}: train_labels", y, len(x))
-    if y_test is not None and x_test is not None:
-        y_test = class_of_each(f"{name}: test_labels", y_test, len(x_test))
-
-    if x_test is None:
-        if len(x) < 5:
-            raise ValueError(f"{name} holds {len(x)} images: 5 at least are needed")
-        train, test = train_test_split(range(len(x)), test_size=0.2, random_state=0)
-        x, x_test = choose(x, train), choose(x, test)
-        if y is not None:
-            y, y_test = y[train], y[test]
-    if x_test.shape[1:] != x.shape[1:]:
-        raise ValueError(f"{name}: images of {[*x.shape[1:]]} for training, {[*x_test.shape[1:]]} for "
-                         "testing; both must be of one shape")
-    y, y_test, classes = number_classes(name, y, y_test)
-
-    shown = x[sample_rows(len(x), 100)].flatten(1)
-    flat = shown.amax(1) == shown.amin(1)
-    if flat.all():
-        raise ValueError(f"{name}: of {len(flat)} images looked at each is of one value throughout")
-    if flat.any():
-        print(f"note: {flat.sum()} of {len(flat)} images looked at are of one value throughout")
-    return Data(x, y, x_test, y_test, classes)
+    if "ranges" in numbers:
+        ranges = [f"{dtype} {between(*ends)}" for dtype, ends in numbers["ranges"].items()]
+        return f"numbers: each kind of file by its own range, {', '.join(ranges)}, becomes 0 to 1"
+    ends = between(numbers["low"], numbers["high"])
+    outside = ""
+    if numbers["outside"]:
+        outside = f"; {numbers['outside']:.2%} of the pixels lie outside and are cut"
+    return f"numbers: {numbers['dtype']}, {ends} become 0 to 1 ({numbers['rule']}{outside})"

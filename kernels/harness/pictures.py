@@ -137,12 +137,18 @@ def plot_images(rows, file):
 
 
 def plot_views(data, folder):
-    """views.png: eight training images and two views of each, as training makes them."""
+    """views.png: eight training images and two views of each, as training makes them; of files that were
+    cut or stretched above them all that they hold, within a border."""
     rows = fixed_order(len(data.images))[:8]
     x = pixels(data.images, rows)
     generator = torch.Generator().manual_seed(0)
     view1, view2 = two_views(x, generator, data.view)
-    plot_images({"image": x, "view 1": view1, "view 2": view2}, folder / "views.png")
+    rows_of = {"image": x, "view 1": view1, "view 2": view2}
+    if data.whole:
+        whole = data.whole(rows)
+        whole = whole / 255 if whole.dtype == torch.uint8 else whole
+        rows_of = {"whole file": whole} | rows_of
+    plot_images(rows_of, folder / "views.png")
 
 
 def plot_neighbours(data, h, h_test, folder):

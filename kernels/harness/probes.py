@@ -100,8 +100,15 @@ def begin(model, data, folder):
     size = sum(parameter.numel() for parameter in model.parameters())
     if rank() == 0:
         plot_views(data, folder)
+    skipped = ""
+    if data.skipped:
+        skipped = f", {len(data.skipped):,} files skipped (skipped.txt)"
+        lines = [f"{name}: {reason}\n" for name, reason in data.skipped]
+        if rank() == 0:
+            atomic_write_text(folder / "skipped.txt", "".join(lines))
     print(f"data: {len(data.images):,} train and {len(data.test_images):,} test images, {channels} "
-          f"channel{'s' * (channels > 1)}, {canvas} ({len(sides)}-D), {len(data.classes) or 'no'} classes; "
+          f"channel{'s' * (channels > 1)}, {canvas} ({len(sides)}-D), {len(data.classes) or 'no'} classes"
+          f"{skipped}; "
           f"{size:,} parameters on {next(model.parameters()).device}; {folder}")
     path = folder / "untrained.json"
     if not path.exists():
@@ -121,11 +128,11 @@ def print_table(rows):
         print(f"{name:18}", *(f"{row[column]:{max(8, len(column))}.4g}" for column in columns))
 
 
-def save_encoder(encoder, folder):
-    """encoder.pt: Encoder(**config) makes it anew and takes the state_dict."""
-    config = getattr(encoder, "config", {})
+def save_encoder(encoder, data, folder):
+    """encoder.pt: Encoder(**config) makes it anew and takes the state_dict; numbers: what files' became."""
+    saved = {"version": __version__, "config": getattr(encoder, "config", {}), "numbers": data.numbers}
     with atomic_write(folder / "encoder.pt") as file:
-        torch.save({"version": __version__, "config": config, "state_dict": encoder.state_dict()}, file)
+        torch.save(saved | {"state_dict": encoder.state_dict()}, file)
 
 
 def save_features(encoder, data, found, folder):
@@ -154,7 +161,7 @@ def report(model, data, untrained, history, folder, **more_probes):
     sentence = verdict(panels["projector z"], panels["untrained z"])
     findings = {"probes": probes, "panels": panels, "verdict": sentence}
     atomic_write_text(folder / "report.json", json.dumps(findings, indent=1))
-    save_encoder(model.encoder, folder)
+    save_encoder(model.encoder, data, folder)
 
     if data.labels is not None:
         print_table(probes)

@@ -169,6 +169,9 @@ def launch(main):
     """Calls a script's main(); a signal, a full disk, a lost folder or little memory end it with one line."""
     if rank():
         sys.stdout = open(os.devnull, "w")                           # process 0 speaks
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")            # names that the terminal cannot show
     on_first_signal(end_by_signal)
     try:
         main()

@@ -1,4 +1,4 @@
-"""What a program does before torch is imported: threads that wait soon sleep, and Ctrl-C is quiet.
+"""What a program does before torch is imported: a look at --data, threads that soon sleep, a quiet Ctrl-C.
 
     if __name__ == "__main__":
         import kernels.harness.start
@@ -7,7 +7,21 @@ Imported for its effect, and only by what runs as a program: who imports a scrip
 """
 import os
 import signal
+import sys
+from pathlib import Path
+
+from .sources import problem
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # OpenMP reads both when torch loads it: threads that
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")          # wait would keep other programs from working
 signal.signal(signal.SIGINT, signal.SIG_DFL)             # while packages load: no traceback
+
+names = []                                               # given twice, the last one counts
+for word, following in zip(sys.argv, [*sys.argv[1:], ""]):
+    option, equals, value = word.partition("=")
+    if option == "--data":
+        names.append(value if equals else following)
+wrong = problem(names[-1]) if names and names[-1] else None
+if wrong and os.environ.get("RANK", "0") == "0":         # now: packages take seconds to load
+    print(f"{Path(sys.argv[0]).name}: {' '.join(wrong.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -25,13 +25,14 @@ def two_views(x, generator, view):
 
 
 # ---- Poses -------------------------------------------------------------------------------------------------
-def warp(x, angles, scale, shift, sides):
+def warp(x, angles, scale, shift, sides, padding="zeros"):
     """Rotate, scale about the centre, then shift each of x [N, C, *S], images or volumes; one resampling.
 
     angles   [N, 1], in 3-D rotation vectors [N, 3], radians
     scale    [N], or [N, axes], last axis first
     shift    [N, axes], half canvases, last axis first
-    All three may have more axes of length 1. -> [N, C, *sides], 0 outside.
+    padding  what lies outside: zeros, or what lies at the border
+    All three may have more axes of length 1. -> [N, C, *sides].
     """
     # affine_grid wants for each place of the result the place of x that it comes from: the inverse of the
     # pose, in half canvases, last axis first.
@@ -50,21 +51,23 @@ def warp(x, angles, scale, shift, sides):
     offset = -inverse @ shift
     theta = torch.cat([inverse, offset], 2)                          # [N, axes, axes + 1]
     grid = F.affine_grid(theta, [n, channels, *sides], align_corners=False)
-    return F.grid_sample(x, grid, align_corners=False)
+    return F.grid_sample(x, grid, padding_mode=padding, align_corners=False)
 
 
-def posed_view(x, generator):
+def posed_view(x, generator, pose=1., noise=1., padding="zeros"):
     """One view of each of x [N, C, *S] by pose, light and noise: digits, microscopy, volumes.
 
-    Ranges of our own. Three channels also get a colour cast, saturation, gray in a fifth, and flips.
+    Ranges of our own, times pose for turns, sizes and shifts, and noise for the noise. padding: see warp.
+    Three channels also get a colour cast, saturation, gray in a fifth, and flips.
     """
     draw = partial(uniform, x, generator)
     axes = x.ndim - 2
     planes = axes * (axes - 1) // 2
-    angles = draw(-0.45, 0.45, planes)                               # 26 degrees either way
-    scale = draw(-0.4, 0.4).exp()                                    # 0.67 to 1.49
-    shift = draw(-0.25, 0.25, axes)
-    x = warp(x, angles, scale, shift, x.shape[2:])
+    angles = pose * draw(-0.45, 0.45, planes)                        # 26 degrees either way
+    size = pose * draw(-0.4, 0.4)
+    scale = size.exp()                                               # 0.67 to 1.49
+    shift = pose * draw(-0.25, 0.25, axes)
+    x = warp(x, angles, scale, shift, x.shape[2:], padding)
 
     if x.shape[1] == 3:
         x = x * draw(0.7, 1.3, 3)                                    # colour cast
@@ -77,10 +80,10 @@ def posed_view(x, generator):
 
     contrast = draw(0.6, 1.4)
     brightness = draw(-0.2, 0.2)
-    noise_level = draw(0, 0.1)
-    noise = torch.empty_like(x)
-    noise.normal_(generator=generator)
-    return contrast * x + brightness + noise_level * noise
+    noise_level = noise * draw(0, 0.1)
+    grain = torch.empty_like(x)
+    grain.normal_(generator=generator)
+    return contrast * x + brightness + noise_level * grain
 
 
 # ---- Crops and colours -------------------------------------------------------------------------------------
@@ -99,7 +102,8 @@ def random_crop(x, generator):
     box = torch.cat([area * ratio, area / ratio], 1)
     box = box.sqrt()
     box = box.clamp(max=1)                                           # [N, 2, 1, 1], in canvases
-    half_a_pixel = 1 / x.shape[-1]
+    sides = x.new_tensor(x.shape[:1:-1])                             # last axis first
+    half_a_pixel = 1 / sides.view(2, 1, 1)
     room = (1 - box) * (1 - half_a_pixel)                            # what lies outside would be black
     centre = room * draw(-1, 1, 2)
     side = draw(-1, 1).sign()
@@ -107,6 +111,17 @@ def random_crop(x, generator):
     box = box * torch.cat([side, upright], 1)
     no_turn = torch.zeros_like(area)
     return warp(x, no_turn, 1 / box, -centre / box, x.shape[2:])
+
+
+def random_light(x, generator):
+    """Jitter of x [N, C, H, W], any channels, in four fifths: random_colours's brightness and contrast."""
+    draw = partial(uniform, x, generator)
+    brightness = draw(0.6, 1.4)
+    contrast = draw(0.6, 1.4)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    jittered = brightness * torch.lerp(mean, x, contrast)
+    x = torch.where(draw(0, 1) < 0.8, jittered, x)
+    return x.clamp(0, 1)
 
 
 def random_colours(x, generator):
@@ -156,13 +171,15 @@ def blur(x, sigma):
 
 
 def cropped_view(x, generator):
-    """One view of each of x [N, 3, H, W], photographs: crop, flip, colours, gray, blur, solarisation.
+    """One view of each of x [N, C, H, W], photographs: crop, flip, colours, gray, blur, solarisation.
 
+    Colours where C is 3; of others brightness and contrast.
     Ranges and rates of BYOL, arXiv 2006.07733, table 6, which VICReg took over. Our reading: blur and
     solarisation at the mean of its two views' rates; colour jitter in a fixed order; hue about the gray axis.
     """
     x = random_crop(x, generator)
-    x = random_colours(x, generator)
+    jitter = random_colours if x.shape[1] == 3 else random_light
+    x = jitter(x, generator)
 
     def sometimes(rate, change):
         chosen = uniform(x, generator, 0, 1).flatten() < rate

@@ -1,0 +1,499 @@
+"""Image files as one array: each decoded once, in threads, whatever it holds; what is broken is named.
+
+    decoded = decode_all(files, "photos", Settings(size=64))         # -> Decoded
+    decoded.path                                                     # an .npy file under runs/decoded
+    decoded.entries                                                  # of each file: its row, or why none
+
+Photographs, 8 bits of gray or colour, are decoded by Pillow to uint8 [N, size, size] or [N, size, size, 3].
+All else are numbers, [N, C, *S] of the files' own kind, which images.py brings to [0, 1] by one rule for the
+set: deeper images, any number of channels (TIFF by tifffile), volumes (.npy, NIfTI, pages of a TIFF).
+"""
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from .. import __version__
+from .numbers import number_range
+from .sources import NIFTI, TIFFS, ending
+
+# What decides on what a file becomes. size: of a square canvas. fit: crop, pad or stretch to it. pages: of a
+# TIFF whose pages are not said to be channels: auto and first take the first, channels and volume all.
+Settings = namedtuple("Settings", "size fit pages", defaults=[64, "crop", "auto"])
+# What a file holds. photo: of 8 bits, for Pillow. sides: () if it is fitted to the canvas, else a volume's.
+# left_out: pages or frames that are not taken.
+Kind = namedtuple("Kind", "photo dtype channels sides left_out")
+# target: what all files become, see aim().
+Decoded = namedtuple("Decoded", "path entries target kinds")
+
+
+GRAY = "1", "L", "LA"                                    # Pillow's modes
+Image.MAX_IMAGE_PIXELS = None                            # large images are no attack here: they are one's own
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+
+# ---- One file: what it holds -------------------------------------------------------------------------------
+def look(file, settings):
+    """The Kind of a file, by its head; any of Pillow's and tifffile's errors if it cannot be read."""
+    kind = ending(file)
+    if kind == ".npy":
+        array = np.load(file, mmap_mode="r")
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"it holds {array.dtype}, no numbers")
+        return Kind(False, array.dtype.name, 1, array.shape, 0)
+    if kind in NIFTI:
+        shape = nifti(file).shape
+        return Kind(False, "float32", shape[3] if len(shape) > 3 else 1, shape[:3], 0)
+    if kind in TIFFS:
+        return look_into_tiff(file, settings.pages)
+    with Image.open(file) as image:
+        frames = getattr(image, "n_frames", 1)
+        if image.mode == "F" or image.mode.startswith("I"):
+            return Kind(False, "int32" if image.mode == "I" else "uint16", 1, (), frames - 1)
+        gray = image.mode in GRAY
+        return Kind(True, "uint8", 1 if gray else 3, (), frames - 1)
+
+
+def look_into_tiff(file, pages):
+    import tifffile                                      # a tenth of a second: only where there are any
+    with tifffile.TiffFile(file) as tiff:
+        series, *others = tiff.series
+        page = series.keyframe
+        if page.dtype is None or page.dtype.kind not in "biuf" or not {*"YX"} <= {*series.axes}:
+            raise ValueError(f"it holds {page.dtype} along the axes {series.axes}, no images of numbers")
+        refuse_gaps([page])
+        count = dict.fromkeys("CSYX", 1) | {"pages": 1}
+        for axis, length in zip(series.axes, series.shape):          # axes of pages may have one name
+            count[axis if axis in "CSYX" else "pages"] *= length
+        samples, channels, planes = count["S"], count["C"], count["pages"]
+        left_out = sum(len(other.pages) for other in others)         # of other sizes
+        alpha = any(sample in (1, 2) for sample in page.extrasamples)
+        unnamed = any(sample == 0 for sample in page.extrasamples)   # of which Pillow shows none
+        colour = page.photometric.name in ("RGB", "YCBCR", "PALETTE", "SEPARATED", "CIELAB")
+        eight_bits = page.dtype.name in ("uint8", "bool") and not unnamed
+        whole = pages in ("channels", "volume") and planes > 1
+        if eight_bits and channels == 1 and not whole and (colour or samples - alpha == 1):
+            return Kind(True, "uint8", 3 if colour else 1, (), planes - 1 + left_out)
+        channels *= samples * (planes if pages == "channels" else 1)
+        sides = (planes, count["Y"], count["X"]) if pages == "volume" and planes > 1 else ()
+        return Kind(False, page.dtype.name, channels, sides, left_out + (0 if whole else planes - 1))
+
+
+def refuse_gaps(pages):
+    """ValueError if pixels of these pages of a TIFF are not in the file: tifffile would make them 0, and
+    Pillow take others."""
+    gaps = [page is None or 0 in page.dataoffsets or 0 in page.databytecounts for page in pages]
+    if any(gaps):
+        raise ValueError("it says itself that some of its pixels are not there")
+
+
+def nifti(file):
+    try:
+        import nibabel
+    except ImportError:
+        raise ValueError("NIfTI is read by the package nibabel: pip install nibabel")
+    return nibabel.load(file)
+
+
+# ---- One file: its pixels ----------------------------------------------------------------------------------
+def fit_to(image, settings, background=0):
+    """A Pillow image on the canvas: its middle, whole within a border, or stretched."""
+    canvas = settings.size, settings.size
+    if settings.fit == "crop":
+        return ImageOps.fit(image, canvas)
+    if settings.fit == "pad":
+        return ImageOps.pad(image, canvas, color=background)
+    return image.resize(canvas)
+
+
+def photograph(data, settings, mode):
+    """-> uint8 [size, size] for mode L or [size, size, 3] for RGB, upright; what is transparent is white."""
+    if data[:4] == b"\x89PNG" and data[24:25] == b"\x10" and data[25:26] != b"\x00":
+        raise ValueError("a PNG of 16 bits a colour, of which Pillow reads 8: write it as TIFF")
+    with Image.open(BytesIO(data)) as image:
+        canvas = settings.size, settings.size
+        image.draft(mode, canvas)                        # large JPEGs: as many pixels as needed
+        return photograph_of(image, settings, mode), image.size
+
+
+def photograph_of(image, settings, mode="RGB"):
+    """The same of an image that Pillow has open."""
+    image = ImageOps.exif_transpose(image)
+    background = "black"
+    if image.has_transparency_data:
+        background = "white"
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.asarray(fit_to(image.convert(mode), settings, background))
+
+
+def picture_of(image, settings):
+    """[size, size] in the image's own numbers, or [size, size, 3] of 8 bits, of one that Pillow has open."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return on_canvas(np.asarray(image)[None], settings)[0]
+    return photograph_of(image, settings, "L" if image.mode in GRAY else "RGB")
+
+
+def tiff_planes(data, pages):
+    """[C, H, W], or [C, pages, H, W] for pages="volume", in the file's own numbers."""
+    import tifffile
+    with tifffile.TiffFile(BytesIO(data)) as tiff:
+        series = tiff.series[0]
+        refuse_gaps(series.pages)
+        x = series.asarray()
+        axes = series.axes
+    channel_axes = [k for k, axis in enumerate(axes) if axis in "CS"]
+    page_axes = [k for k, axis in enumerate(axes) if axis not in "CSYX"]
+    if pages == "channels":
+        channel_axes, page_axes = page_axes + channel_axes, []
+    x = x.transpose(channel_axes + page_axes + [axes.index("Y"), axes.index("X")])
+    shape = x.shape[len(channel_axes):]
+    x = x.reshape(-1, *shape)
+    if pages == "volume" and page_axes:
+        return x.reshape(len(x), -1, *shape[-2:])
+    return x[(slice(None), *[0] * len(page_axes))]
+
+
+def compressed_tiff(data, kind):
+    """[1, H, W] by Pillow, which without a further package knows compressions that tifffile does not."""
+    with Image.open(BytesIO(data)) as image:
+        same = {"uint16": "I;16", "float32": "F"}.get(kind.dtype) == image.mode[:4]
+        if kind.channels > 1 or kind.sides or not same:              # Pillow would change the numbers
+            raise ValueError("its compression is read by the package imagecodecs: pip install imagecodecs")
+        return np.asarray(image)[None]
+
+
+def numbers_of(file, data, settings, kind):
+    """[C, *S] in the file's own numbers, 2-D ones fitted to the canvas; and the (width, height) it had."""
+    if ending(file) == ".npy":
+        x = np.load(BytesIO(data))
+        return x, None
+    if ending(file) in NIFTI:
+        x = nifti(file).get_fdata(dtype=np.float32)
+        x = np.moveaxis(x.reshape(*x.shape[:3], -1), -1, 0)
+        return x, None
+    if ending(file) in TIFFS:
+        try:
+            x = tiff_planes(data, settings.pages)
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            x = compressed_tiff(data, kind)
+    else:
+        with Image.open(BytesIO(data)) as image:
+            x = np.asarray(image)
+            x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)
+    if x.ndim == 4:
+        return x, None
+    height, width = x.shape[1:]
+    return on_canvas(x, settings), (width, height)
+
+
+def on_canvas(x, settings):
+    """[C, H, W] of any numbers -> [C, size, size] of the same kind; as it is if it has that size."""
+    if x.shape[1:] == (settings.size, settings.size):
+        return x
+    planes = []
+    for plane in x:
+        low, high = plane.min(), plane.max()
+        image = Image.fromarray(plane.astype(np.float32))
+        fitted = np.asarray(fit_to(image, settings, float(low)))
+        planes.append(fitted.clip(low, high))            # bicubic goes beyond
+    fitted = np.stack(planes)
+    narrow = x.dtype.name in STORED                      # all others become float32 anyway
+    return fitted.round().astype(x.dtype) if narrow else fitted
+
+
+def decode(file_and_kind, settings, target):
+    """-> the array that stands for a file, and what its entry says of it: content, share cut away."""
+    file, kind = file_and_kind
+    data = file.read_bytes()
+    entry = {"content": hashlib.blake2b(data, digest_size=12).hexdigest()}
+    if target["photo"]:
+        x, size = photograph(data, settings, target["mode"])
+    elif kind.photo:
+        x, size = photograph(data, settings, "L" if kind.channels == 1 else "RGB")
+        x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)
+    else:
+        x, size = numbers_of(file, data, settings, kind)
+        x = x.astype(x.dtype.newbyteorder("="), copy=False)
+        if x.dtype.kind not in "biuf":
+            raise ValueError(f"it holds {x.dtype}, no numbers")
+        if x.dtype.kind == "f":
+            x = x.astype(np.float32, copy=False)
+            if not np.isfinite(x).all():                 # to which numbers beyond float32 belong
+                raise ValueError("it holds NaN or infinite numbers")
+    if not target["photo"]:
+        if len(x) == 1 and target["colour"]:
+            x = x.repeat(3, 0)                           # gray among colour
+        if target["ranges"]:                             # of several kinds: each by its own range
+            if kind.dtype not in target["ranges"]:
+                raise ValueError(f"no {kind.dtype} of those that were looked at could be read")
+            low, high = target["ranges"][kind.dtype]
+            share = (x.astype(np.float64) - low) / (high - low)
+            x = (share.clip(0, 1) * 65535).round()
+        x = x.astype(target["dtype"], copy=False)
+    if [*x.shape] != target["shape"]:
+        raise ValueError(f"its shape is {[*x.shape]}, of most it is {target['shape']}")
+    if size and settings.fit == "crop":
+        entry["cut"] = 1 - min(size) / max(size)
+    return np.ascontiguousarray(x), entry
+
+
+# ---- All files ---------------------------------------------------------------------------------------------
+def for_each(function, things, task):
+    """Yield function(thing), or the exception that it raised, in their order, computed in threads."""
+    def attempt(thing):
+        try:
+            return function(thing)
+        except Exception as error:                       # whatever Pillow meets in a file
+            return error
+
+    with (ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(things, task, delay=1, unit="file") as bar,
+          warnings.catch_warnings()):
+        warnings.simplefilter("ignore")                  # Pillow's, by the screenful
+        for first in range(0, len(things), 1024):
+            for result in pool.map(attempt, things[first:first + 1024]):
+                bar.update()
+                yield result
+
+
+def one_line(error):
+    text = " ".join(str(error).split())
+    if "pickle" in text:                                 # NumPy's advice, to load what may run anything
+        return "it holds Python objects or is no .npy file"
+    return text.replace("<_io.BytesIO object", "the file").split(" at 0x")[0] or type(error).__name__
+
+
+def most_common(values):
+    return Counter(values).most_common(1)[0][0]
+
+
+# As what numbers are kept; all others as float32.
+STORED = {"bool": "uint8", "uint8": "uint8", "int8": "int8", "uint16": "uint16", "int16": "int16"}
+
+
+def aim(kinds, settings, files):
+    """What all files become: photo, mode, channels, shape, dtype, ranges by kind of number (None: one kind).
+
+    The most common sides, and channels, decide; gray beside photographs in colour becomes colour.
+    """
+    kinds = [kind for kind in kinds if kind]
+    sides = most_common([kind.sides for kind in kinds])
+    kinds = [kind for kind in kinds if kind.sides == sides]
+    counts = {kind.channels for kind in kinds}
+    colour = counts <= {1, 3} and any(kind.photo and kind.channels == 3 for kind in kinds)
+    channels = 3 if colour else most_common([kind.channels for kind in kinds])
+    photo = all(kind.photo for kind in kinds)
+    target = {"photo": photo, "volumes": bool(sides), "channels": channels, "colour": colour,
+              "ranges": None}
+    if target["photo"]:
+        target["mode"] = "L" if channels == 1 else "RGB"
+        canvas = [settings.size] * 2
+        shape = canvas if channels == 1 else [*canvas, 3]
+        return target | {"shape": shape, "dtype": "uint8", "of": "uint8"}
+    kinds = [kind for kind in kinds if kind.channels == channels or (colour and kind.channels == 1)]
+    volume_file = any(ending(file) == ".npy" for file in files)
+    shape = [*sides] if volume_file else [channels, *(sides or [settings.size] * 2)]
+    target["shape"] = shape
+    dtypes = sorted({kind.dtype for kind in kinds})
+    dtype, = dtypes if len(dtypes) == 1 else ["uint16"]
+    target["of"] = dtype                                 # before it is stored as something wider
+    target["dtype"] = STORED.get(dtype, "float32")
+    if len(dtypes) > 1:
+        target["ranges"] = {dtype: None for dtype in dtypes}
+    return target
+
+
+def ranges_by_kind(files, kinds, settings, target, wanted_range):
+    """{kind of number: (low, high)}, each of up to 50 files."""
+    ranges = {}
+    plain = target | {"ranges": None, "dtype": "float32"}
+    for dtype in target["ranges"]:
+        own = [pair for pair in zip(files, kinds) if pair[1] and pair[1].dtype == dtype]
+        spread = own[::max(1, len(own) // 50)]
+        found = for_each(partial(decode, settings=settings, target=plain), spread, "sampling")
+        sample = [x.ravel() for x, _ in (result for result in found if not isinstance(result, Exception))]
+        if not sample:
+            continue
+        sample = np.concatenate(sample)
+        if wanted_range or sample.min() < sample.max():
+            low, high, _ = number_range(dtype, sample, wanted_range)
+        else:                                            # of one value, which becomes 0
+            low = float(sample[0])
+            high = low + 1
+        ranges[dtype] = [low, high]
+    return ranges
+
+
+def kind_of(entry):
+    if entry["kind"] is None:
+        return None
+    photo, dtype, channels, sides, left_out = entry["kind"]
+    return Kind(photo, dtype, channels, tuple(sides), left_out)
+
+
+def mark(file):
+    """What changes if the file does."""
+    status = file.stat()
+    return f"{os.fsencode(file.resolve()).hex()} {status.st_size} {status.st_mtime_ns}"
+
+
+@cache
+def readers():
+    """Versions of what reads files: another one may read what this one cannot."""
+    found = [__version__]
+    for package in ("pillow", "tifffile", "imagecodecs", "nibabel"):
+        try:
+            found.append(version(package))
+        except PackageNotFoundError:
+            found.append("none")
+    return " ".join(found)
+
+
+def read_index(path):
+    """What stands beside an array, {"settings", "range", "target", "entries"}; None if either is cut short,
+    another layout's or not there."""
+    try:
+        found = json.loads(path.read_text())
+        array = np.load(path.with_suffix(".npy"), mmap_mode="r")
+        target = found["target"]
+        rows = [entry["row"] for entry in found["entries"].values() if entry["row"] is not None]
+        whole = [*array.shape[1:]] == target["shape"] and array.dtype == target["dtype"]
+        fits = whole and sorted(rows) == [*range(len(array))]
+        [kind_of(entry) for entry in found["entries"].values()]
+        return found if fits and {"settings", "range", "entries"} <= found.keys() else None
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError):
+        return None
+
+
+def known_entries(folder, name, settings):
+    """The index of the newest array of the same name and settings, and its path; an empty one and None."""
+    indexes = sorted(folder.glob(f"{glob_escape(name)}-*.json"), key=lambda path: -path.stat().st_mtime_ns)
+    for index in indexes:
+        found = read_index(index)
+        if found and found["settings"] == settings:
+            return found, index.with_suffix(".npy")
+    return {"entries": {}, "target": None, "range": None}, None
+
+
+def glob_escape(name):
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def decode_all(files, name, settings, wanted_range=None):
+    """Decoded of all files: an array under runs/decoded, and for each file its entry.
+
+    An entry has its row, or the reason why it has none. A second start finds the array; where files were
+    added, changed or removed, only what is new is decoded. ValueError if nothing can be written.
+    """
+    folder = Path("runs", "decoded")
+    marks = [mark(file) for file in files]
+    words = [str(settings), str(wanted_range), readers(), *marks]
+    key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
+    path = folder / f"{name}-{key}.npy"
+    found = read_index(path.with_suffix(".json"))
+    if found and {*marks} <= found["entries"].keys():
+        print(f"decoded images: found in {path}")
+    else:
+        once = dict(zip(marks, files))                   # links to one file are one
+        found = decode_new([*once.values()], [*once], name, settings, wanted_range, path)
+        print(f"decoded images: kept in {path}; what is added or changed is decoded then")
+    entries = [found["entries"][own] for own in marks]
+    kinds = [kind_of(entry) for entry in entries]
+    return Decoded(path, entries, found["target"], kinds)
+
+
+def decode_new(files, marks, name, settings, wanted_range, path):
+    """Writes path and its index, with rows of an earlier array where files are the same."""
+    made_by = [*settings, readers()]
+    wanted_range = list(wanted_range) if wanted_range else None      # as JSON gives it back
+    earlier, array = known_entries(path.parent, name, made_by)
+    before = earlier["entries"]
+    unseen = [file for file, own in zip(files, marks) if own not in before]
+    seen = for_each(partial(look, settings=settings), unseen, "looking at")
+    looked = dict(zip(unseen, [*seen]))
+    entries = {}
+    for file, own in zip(files, marks):
+        found = looked.get(file)
+        if own in before:
+            entries[own] = dict(before[own])
+        elif isinstance(found, Exception):
+            entries[own] = {"kind": None, "row": None, "reason": one_line(found)}
+        else:
+            entries[own] = {"kind": list(found), "row": None, "reason": None}
+    kinds = [kind_of(entries[own]) for own in marks]
+    if not any(kinds):
+        raise ValueError(f"none of {len(files)} files can be read; {files[0]}: {entries[marks[0]]['reason']}")
+    target = aim(kinds, settings, files)
+    same = earlier["target"] and {**earlier["target"], "ranges": None} == {**target, "ranges": None}
+    if target["ranges"]:
+        known = earlier["target"]["ranges"] if same else None
+        same = bool(known) and known.keys() == target["ranges"].keys() and earlier["range"] == wanted_range
+        target["ranges"] = known if same else ranges_by_kind(files, kinds, settings, target, wanted_range)
+    if not same:
+        before = {}
+    old = np.load(array, mmap_mode="r") if before else None
+    to_decode = [(file, kind) for file, own, kind in zip(files, marks, kinds) if kind and own not in before]
+    results = for_each(partial(decode, settings=settings, target=target), to_decode, "decoding")
+    try:
+        with TemporaryDirectory(prefix=".decoding-", dir=".") as scratch:        # gone if this ends early
+            part = Path(scratch, "images.npy")
+            with open(part, "wb") as out:
+                write_rows(out, files, marks, kinds, entries, before, old, results, target)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.replace(path)
+            found = {"settings": made_by, "range": wanted_range, "target": target, "entries": entries}
+            text = Path(scratch, "index.json")
+            text.write_text(json.dumps(found))
+            text.replace(path.with_suffix(".json"))
+    except OSError as error:                             # what a broken file raises is an entry's reason
+        raise ValueError(f"cannot write what {len(files)} files decode to below {Path.cwd()} "
+                         f"({error.strerror}): make room, a smaller --size, or start in another folder")
+    return found
+
+
+def write_rows(out, files, marks, kinds, entries, before, old, results, target):
+    """The arrays of all files that have one, one after the other; their entries get rows or reasons."""
+    def write_header(count):
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(target["dtype"])), "fortran_order": False,
+                  "shape": (count, *target["shape"])}
+        out.seek(0)
+        np.lib.format.write_array_header_1_0(out, header)        # as long for any count
+
+    write_header(len(files))
+    count = 0
+    for own, kind in zip(marks, kinds):
+        entry = entries[own]
+        if not kind:
+            continue
+        if own in before:
+            if before[own]["row"] is None:
+                continue
+            out.write(old[before[own]["row"]].tobytes())
+        else:
+            result = next(results)
+            if isinstance(result, Exception):
+                entry.update(row=None, reason=one_line(result))
+                continue
+            x, more = result
+            out.write(x.tobytes())
+            entry.update(more, reason=None)
+        entry["row"] = count
+        count += 1
+    for _ in results:                                    # ends the threads
+        pass
+    write_header(count)

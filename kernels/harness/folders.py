@@ -1,0 +1,160 @@
+"""What lies in a folder: which files are images, in which split they are, of which class."""
+import csv
+import os
+from collections import Counter
+from pathlib import Path
+
+from .sources import IMAGES, NIFTI, ending
+
+TRAIN = "train", "training"
+TEST = "test", "testing", "val", "valid", "validation"       # the first of them that is there
+
+
+# ---- Which files -------------------------------------------------------------------------------------------
+def all_files(folder):
+    """Every file below the folder, sorted; links are followed, hidden ones and pipes are not."""
+    files = []
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if Path(root).resolve() in seen:                     # a link back to where we came from
+            folders.clear()
+            continue
+        seen.add(Path(root).resolve())
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.is_file())  # nobody may ever write into a pipe
+
+
+def taken(files):
+    """Of these the images; else the NIfTI volumes; else the .npy arrays."""
+    for endings in (IMAGES, NIFTI, (".npy",)):
+        found = [file for file in files if ending(file) in endings]
+        if found:
+            return found
+    return []
+
+
+def left_out(files, kept):
+    """What else lies there, in words: 248 .svg, 3 .txt."""
+    others = set(files) - set(kept)
+    counts = Counter(ending(file) or "without an ending" for file in others)
+    by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count:,} {kind}" for kind, count in by_count[:6]]
+    return ", ".join(shown) + ", ..." * (len(counts) > 6)
+
+
+# ---- Splits ------------------------------------------------------------------------------------------------
+def subfolder(folder, names):
+    """That of these names, in any case, or None; the first name counts."""
+    there = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            there.setdefault(path.name.lower(), path)
+    return next((there[name] for name in names if name in there), None)
+
+
+def splits(folder):
+    """The folders of the training and the test images; the folder alone if it is not split."""
+    train = subfolder(folder, TRAIN)
+    if not train:
+        return [folder]
+    test = subfolder(folder, TEST)
+    return [train, test] if test else [train]
+
+
+# ---- Classes -----------------------------------------------------------------------------------------------
+def by_folder(files, folder):
+    """(class of each file or None, the reason why there are none): subfolders are classes.
+
+    Two of them at least hold images, and nine of ten images lie in one of them, none deeper; None for a file
+    that lies elsewhere.
+    """
+    depths = [len(file.relative_to(folder).parts) for file in files]
+    names = [file.parent.name if depth == 2 else None for file, depth in zip(files, depths)]
+    classes = {name for name in names if name is not None}
+    if len(classes) < 2:
+        few = "one subfolder" if classes else "no subfolder"
+        deep = max(depths, default=0) > 2
+        reason = f"images lie up to {max(depths)} levels deep" if deep else f"{few} holds images"
+        return None, reason
+    strays = names.count(None)
+    if strays > len(files) / 10:
+        return None, f"{strays:,} of {len(files):,} images lie beside or below the class folders"
+    return names, None
+
+
+def top_folder(file, folder):
+    """--labels top: the first subfolder on the way to a file; None for one that lies in none."""
+    first, *rest = file.relative_to(folder).parts
+    return first if rest else None
+
+
+def by_table(files, folder, table):
+    """--labels FILE.csv -> class of each file, group of each file; None for what the table does not say.
+
+    Columns file, class and perhaps group, by these names in the first line. A file is named relative to the
+    folder, or by its name alone if that is one file's. ValueError for a table that is not of this form.
+    """
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as text:
+            lines = list(text)
+        if any("\0" in line for line in lines):
+            raise csv.Error("it is no text")
+        rows = list(csv.DictReader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--labels {table} cannot be read ({error})")
+    columns = [*rows[0]] if rows else []
+    if not {"file", "class"} <= {*columns}:
+        there = ", ".join(map(str, columns)) or "none"
+        raise ValueError(f"--labels {table} has the columns {there}: its first line must name file and "
+                         "class, and may name group")
+    known = {}
+    for row in rows:
+        name = str(Path(row["file"] or ""))
+        if known.setdefault(name, row)["class"] != row["class"] and row["file"]:
+            raise ValueError(f"--labels {table} gives {name} the classes {known[name]['class']} and "
+                             f"{row['class']}: one of them has to go")
+    names = Counter(file.name for file in files)
+    found = []
+    for file in files:
+        row = known.get(str(file.relative_to(folder)))
+        if row is None and names[file.name] == 1:
+            row = known.get(file.name)
+        found.append(row)
+    if not any(found):
+        raise ValueError(f"--labels {table} names none of the {len(files):,} files, of which the first is "
+                         f"{files[0].relative_to(folder)}")
+    classes = [row["class"] or None if row else None for row in found]
+    groups = [row.get("group") or None if row else None for row in found]
+    return classes, groups
+
+
+# ---- Held out ----------------------------------------------------------------------------------------------
+def joined(*marks):
+    """What must stay together: a number for each file, the same for files that share one of their marks, also
+    by way of others. marks: lists of the files' contents, groups, ...; None joins nothing."""
+    first = {}                                               # of each mark the first file that has it
+    leader = [*range(len(marks[0]))]
+
+    def top(row):
+        while leader[row] != row:
+            leader[row] = leader[leader[row]]                # shortens the way for the next one
+            row = leader[row]
+        return row
+
+    for kind, of_files in enumerate(marks):
+        for row, value in enumerate(of_files):
+            if value is not None:
+                other = first.setdefault((kind, value), row)
+                leader[top(row)] = top(other)
+    return [top(row) for row in leader]
+
+
+def hold_out(groups, split):
+    """Rows for training and for testing, of which no group is on both sides. groups: of each row; split: as
+    scikit-learn's train_test_split, of a list."""
+    members = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    train, test = split([*members], test_size=0.2, random_state=0)
+    return [sum((members[group] for group in side), []) for side in (train, test)]

@@ -1,0 +1,295 @@
+"""Images from anywhere: folders of files, arrays larger than memory, published data sets.
+
+    data = read_images("photos", size=64)        # class subfolders, train/ with test/ or val/, or neither
+
+What cannot be read raises ValueError with one line that says what to do; what is left out, cut or scaled is
+printed. Needs numpy, scikit-learn and Pillow beside torch, tifffile for TIFF; nibabel and datasets if met.
+"""
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+
+from . import arrays, folders
+from .decode import Kind, Settings, decode, decode_all, for_each, picture_of
+from .images import Data, Images, choose, in_words, sample_rows, to_unit
+from .sources import IDX, IMAGES, TIFFS, ending, problem
+
+
+# ---- Labels ------------------------------------------------------------------------------------------------
+def class_of_each(name, y, count):
+    """Labels as they come, [N], [N, 1] or one-hot [N, K] -> [N] whole numbers or strings."""
+    one_hot = y.ndim == 2 and y.shape[1] > 1 and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all()
+    y = y.argmax(1) if one_hot else y
+    if y.dtype.kind == "f" and (y == y.round()).all():
+        y = y.astype(np.int64)
+    if y.size != count or y.dtype.kind not in "iubUS" or (y.dtype.kind == "i" and y.min() < 0):
+        raise ValueError(f"{name} is {y.dtype} {[*y.shape]} for {count} images: not one class each (whole "
+                         "numbers from 0, strings, or one-hot); take it out to train without labels")
+    return y.ravel()
+
+
+def number_classes(name, y, y_test):
+    """Labels of both splits, or None -> their numbers, tensors [N] int64 or None, and the classes."""
+    classes = [] if y is None or y_test is None else np.unique(np.concatenate([y, y_test]))
+    if len(classes) < 2 or len(np.unique(y)) < 2:
+        print(f"note: {name} has no labels of two classes for training and testing: no probes")
+        return None, None, ()
+    once = np.setxor1d(y, y_test)
+    if len(once):
+        more = f" and {len(once) - 10} more" if len(once) > 10 else ""
+        print(f"note: classes in one split only: {', '.join(map(str, once[:10]))}{more}")
+    numbers = [torch.from_numpy(np.searchsorted(classes, labels)) for labels in (y, y_test)]
+    return *numbers, classes
+
+
+# ---- Folders of files --------------------------------------------------------------------------------------
+@dataclass
+class File:
+    """One file of a folder: its path, the folder of its split, its name in the whole folder; what decoding
+    found, its row in the array and its content's mark; its class and group, if there are any."""
+    path: Path
+    part: Path
+    name: str
+    kind: Kind = None
+    entry: dict = None
+    label: str = None
+    group: str = None
+
+
+def names_of(files, most=3):
+    """The first of these files, and how many more there are."""
+    shown = ", ".join(file.name for file in files[:most])
+    return shown + f" and {len(files) - most:,} more" * (len(files) > most)
+
+
+def list_files(path):
+    """All images of a folder as File, those of the training part first."""
+    files = []
+    looked_at = []
+    parts = folders.splits(path)
+    beside = [item.name for item in sorted(path.iterdir()) if item not in parts and item.name[0] != "."
+              and (item.is_dir() or ending(item) in IMAGES)]
+    if parts != [path] and beside:
+        more = f" and {len(beside) - 5:,} more" if len(beside) > 5 else ""
+        print(f"note: taken is what lies in {' and '.join(part.name for part in parts)}; left out, since "
+              f"beside: {', '.join(beside[:5])}{more}")
+    for part in parts:
+        there = folders.all_files(part)
+        looked_at += there
+        files += [File(file, part, str(file.relative_to(path))) for file in folders.taken(there)]
+    if len(files) < 5:
+        endings = ", ".join(sorted(IMAGES))
+        raise ValueError(f"{path} holds {len(files)} files that end in {endings}, .nii or .npy: 5 at least "
+                         "are needed")
+    others = folders.left_out(looked_at, [file.path for file in files])
+    if others:
+        print(f"note: taken {len(files):,} of {len(looked_at):,} files; left out: {others}")
+    return files
+
+
+def without_broken(files, path, strict):
+    """Files that have a row, and [(name, reason)] of those without; ValueError if these are too many."""
+    skipped = [(file.name, file.entry["reason"]) for file in files if file.entry["row"] is None]
+    if len(skipped) > len(files) / 10 or (strict and skipped):
+        (first, reason), *rest = skipped
+        others = f"; {len(rest):,} other" if rest else ""
+        allowed = "" if strict else ", of which one in ten may be skipped"
+        raise ValueError(f"{len(skipped):,} of {len(files):,} files cannot be read{allowed}: {path / first} "
+                         f"({reason}){others}. Repair or remove what is broken")
+    return [file for file in files if file.entry["row"] is not None], skipped
+
+
+def tell(files, settings):
+    """Notes on what is cut off, left out or made colour."""
+    cut = [file.entry["cut"] for file in files if "cut" in file.entry]
+    if cut and np.mean(cut) > 0.1:
+        print(f"note: to make images square {np.mean(cut):.0%} is cut off on average; --fit pad keeps all")
+    paged = [file for file in files if file.kind.left_out]
+    if paged:
+        print(f"note: {len(paged):,} files hold more pages or frames than the first, which is taken "
+              f"({names_of(paged)}); of TIFFs --pages channels or volume takes all")
+    colour = [file for file in files if file.kind.channels == 3]
+    gray = [file for file in files if file.kind.channels == 1]
+    if gray and 0 < len(colour) < len(files) / 10:
+        print(f"note: {len(colour):,} of {len(files):,} files have colour ({names_of(colour)}): all are "
+              "taken as of 3 channels")
+
+
+def set_classes(files, path, labels):
+    """Gives files their class and group; -> those that have a class, where any has one, else all."""
+    paths = [file.path for file in files]
+    if labels == "top":
+        classes = [folders.top_folder(file.path, file.part) for file in files]
+    elif labels != "auto":
+        classes, groups = folders.by_table(paths, path, labels)
+        for file, group in zip(files, groups):
+            file.group = group
+    else:
+        classes = []
+        for part in dict.fromkeys(file.part for file in files):
+            own = [file.path for file in files if file.part == part]
+            found, reason = folders.by_folder(own, part)
+            if not found:
+                print(f"note: no classes, since {reason}; --labels top takes the first subfolder's name, "
+                      "--labels FILE.csv a table's")
+                return files
+            classes += found
+    for file, label in zip(files, classes):
+        file.label = label
+    strays = [file for file in files if file.label is None]
+    if strays:
+        place = f"in no row of {labels}" if labels not in ("auto", "top") else "in no class folder"
+        print(f"note: left out {len(strays):,} images that are {place}: {names_of(strays)}")
+    return [file for file in files if file.label is not None]
+
+
+def two_sides(files, path):
+    """Files for training and for testing: by folder, or a fifth held out. Equal files are on one side, and so
+    are those of a group."""
+    contents = [file.entry["content"] for file in files]
+    together = folders.joined(contents, [file.group for file in files])
+    parts = folders.splits(path)
+    if len(parts) == 1:
+        twice = len(files) - len({*contents})
+        if twice:
+            print(f"note: {twice:,} of {len(files):,} files equal an earlier one: equal files are all for "
+                  "training or all for testing")
+        if len({*together}) < 2:
+            raise ValueError(f"{path}: all {len(files):,} files that are left are equal or of one group, so "
+                             "that none can be held out: at least two are needed")
+        return [[files[row] for row in rows] for rows in folders.hold_out(together, train_test_split)]
+    known = {mark for mark, file in zip(together, files) if file.part == parts[0]}
+    sides = [[file for file in files if file.part == part] for part in parts]
+    again = [file for mark, file in zip(together, files) if file.part == parts[1] and mark in known]
+    if again:
+        print(f"note: left out {len(again):,} test images that are training images, too, or of a group with "
+              f"one: {names_of(again)}")
+        names = {file.name for file in again}
+        sides[1] = [file for file in sides[1] if file.name not in names]
+    return sides
+
+
+def read_folder(path, settings, channels_last, wanted_range, labels, strict):
+    """Image files, or volumes: in train/ with test/ or val/, or all together; with classes or without.
+
+    -> what arrays.py's readers give, but as Images; and a dict of Data's further fields.
+    """
+    files = list_files(path)
+    paths = [file.path for file in files]
+    decoded = decode_all(paths, path.resolve().name, settings, wanted_range)
+    for file, kind, entry in zip(files, decoded.kinds, decoded.entries):
+        file.kind = kind
+        file.entry = entry
+    files, skipped = without_broken(files, path, strict)
+    tell(files, settings)
+
+    target = decoded.target
+    array = np.load(decoded.path, mmap_mode="r")
+    raw = arrays.Raw(array, "first")
+    if target["photo"]:
+        raw = arrays.Raw(array, "last" if array.ndim == 4 else None)
+    elif ending(paths[0]) == ".npy":
+        raw = arrays.raw_images(path, "its files together", array, channels_last)
+    elif target["volumes"] and min(array.shape[2:]) < 4:
+        raise ValueError(f"{path}: volumes of {[*array.shape[2:]]}, sides of 4 at least are needed")
+    scaled = target["ranges"]                            # each kind of file by its own, to 16 bits
+    wanted = (0, 65535) if scaled else wanted_range
+    found, numbers = to_unit(path.name, {"train_images": raw}, wanted, target["of"])
+    images = found["train_images"]
+
+    sides = two_sides(set_classes(files, path, labels), path)
+    result = {}
+    for split, side in zip(("train", "test"), sides):
+        rows = [file.entry["row"] for file in side]
+        result[f"{split}_images"] = choose(images, torch.tensor(rows, dtype=torch.int64))
+        if side and side[0].label is not None:
+            result[f"{split}_labels"] = np.array([file.label for file in side])
+
+    def whole(rows):
+        """Training images [n, C, size, size] with nothing cut off, decoded anew."""
+        padded = settings._replace(fit="pad")
+        own = [(sides[0][row].path, sides[0][row].kind) for row in rows]
+        found = for_each(partial(decode, settings=padded, target=target), own, "decoding")
+        blank = np.zeros(target["shape"], target["dtype"])           # of a file that is not there any more
+        shown = [blank if isinstance(result, Exception) else result[0] for result in found]
+        again = arrays.Raw(np.stack(shown), raw.channels)
+        return Images(again, images.low, images.high)[:]
+
+    fitted = settings.fit != "pad" and not target["volumes"]
+    names = [[file.name for file in side] for side in sides]
+    more = {"files": names[0], "test_files": names[1], "skipped": skipped, "whole": whole if fitted else None,
+            "numbers": {"ranges": scaled} if scaled else numbers}
+    return result, more
+
+
+# ---- Public ------------------------------------------------------------------------------------------------
+def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", value_range=None, labels="auto",
+                strict=False):
+    """Data of a folder of image files or volumes, .npz, .npy, a TIFF stack, IDX files, or hf:NAME[:SPLIT].
+
+    size, fit       image files are brought to size x size: the middle is cut out (crop), all is shown within
+                    a border (pad), or it is stretched
+    channels_last   arrays [N, H, W, C] are images of C channels; else only where C is 1, 3 or 4
+    pages           of TIFFs whose pages are not said to be channels: auto, first, channels, volume
+    value_range     (low, high), ("dtype",) or None: numbers.py
+    labels          auto (subfolders), top (the first subfolder), or a .csv: columns file, class, group
+    strict          one file that cannot be read ends it; otherwise one in ten is skipped
+    A fifth is held out, the same in every run, where there is no test part. ValueError for what cannot be
+    read; notes on what is odd are printed.
+    """
+    name = str(name)
+    wrong = problem(name)
+    if wrong:
+        raise ValueError(wrong)
+    path = Path(name)
+    settings = Settings(size, fit, pages)
+    more = {}
+    if name.startswith("hf:"):
+        found = arrays.read_hugging_face(name, lambda image: picture_of(image, settings))
+    elif IDX.match(path.name) or (path.is_dir() and arrays.idx_files(path)):
+        found = arrays.read_idx_set(path)
+    elif path.is_file() and ending(path) in TIFFS:
+        found = arrays.read_tiff_stack(path)
+    elif path.is_file() and ending(path) == ".npy":
+        found = arrays.read_npy(path, channels_last)
+    elif path.is_dir() and not (path / "train_images.npy").exists():
+        found, more = read_folder(path, settings, channels_last, value_range, labels, strict)
+    else:
+        found = arrays.read_npz(path, channels_last)
+    if not more:
+        found, more["numbers"] = to_unit(name, found, value_range)
+        unused = {"--fit": fit != "crop" and not name.startswith("hf:"), "--pages": pages != "auto",
+                  "--labels": labels != "auto", "--strict": strict}
+        if any(unused.values()):
+            given = ", ".join(option for option, is_given in unused.items() if is_given)
+            print(f"note: {given} is for folders of image files, and does nothing here")
+    print(in_words(more["numbers"]))
+    x, y, x_test, y_test = [found.get(key) for key in arrays.KEYS]
+    if y is not None:
+        y = class_of_each(f"{name}: train_labels", y, len(x))
+    if y_test is not None and x_test is not None:
+        y_test = class_of_each(f"{name}: test_labels", y_test, len(x_test))
+
+    if x_test is None:
+        if len(x) < 5:
+            raise ValueError(f"{name} holds {len(x)} images: 5 at least are needed")
+        train, test = train_test_split(range(len(x)), test_size=0.2, random_state=0)
+        x, x_test = choose(x, train), choose(x, test)
+        if y is not None:
+            y, y_test = y[train], y[test]
+    if y is None and "files" in more:                                # read_folder has said why
+        y_test, classes = None, ()
+    else:
+        y, y_test, classes = number_classes(name, y, y_test)
+
+    shown = x[sample_rows(len(x), 100)].flatten(1)
+    flat = shown.amax(1) == shown.amin(1)
+    if flat.all():
+        raise ValueError(f"{name}: of {len(flat)} images looked at each is of one value throughout")
+    if flat.any():
+        print(f"note: {flat.sum()} of {len(flat)} images looked at are of one value throughout")
+    return Data(x, y, x_test, y_test, classes, **more)
