@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from kernels.harness.cli import NOT_TYPED, options
-from kernels.harness.images import read_images
+from kernels.harness.reading import read_images
 from scripts import SMALL, call, saved, small_arrays
 
 pytestmark = pytest.mark.usefixtures("one_thread")
