@@ -17,9 +17,9 @@ follows: NT-Xent (SimCLR), or that of vicreg.py, falcon.py, icone.py.
 
 Expect k-NN accuracy 0.898 ± 0.012 and linear 0.906 ± 0.001 (mean ± std, 3 seeds; raw pixels 0.593, 0.169)
 in 70 to 190 s on 2 cores of an AMD EPYC with torch 2.13.0. Five seeds, one core a run, 105 s: 0.904 ± 0.010
-and 0.910 ± 0.007; plain SimCLR 0.880 ± 0.018, 0.896 ± 0.011; random encoder 0.287 ± 0.064, 0.214 ± 0.029.
-What is learned adds nothing: the same convolutions never trained gain as much, and so does a fifth of one
-other image (tests/experiments/ba_ssl.md).
+and 0.910 ± 0.007; plain SimCLR 0.880 ± 0.018, 0.896 ± 0.011; random encoder 0.287 ± 0.064, 0.214 ±
+0.029. What is learned adds nothing: the same convolutions never trained gain as much, and so does a fifth of
+one other image (tests/experiments/ba_ssl.md).
 
 Choices of our own: (1) The share is fixed. A gate that is learned closes: what other images add differs
 between two views, and to the loss it is noise. (2) A fused view meets a clean one. (3) A layer is a 3x3
