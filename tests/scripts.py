@@ -67,8 +67,9 @@ def snippet(words):
 
 # ---- Ways to run a script: (script, its arguments, folder) -> subprocess.CompletedProcess -------------------
 context = multiprocessing.get_context("forkserver")      # its server imports these once, starts no thread, and forks
-context.set_forkserver_preload(["torch", "sklearn.manifold", "sklearn.mixture", "sklearn.linear_model", "pytest",
-                                "sklearn.model_selection", "matplotlib.figure", "tqdm", "einops"])
+context.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.manifold", "sklearn.mixture", "sklearn.linear_model",
+                                "sklearn.model_selection", "sklearn.datasets", "sklearn.pipeline", "PIL.ImageOps",
+                                "matplotlib.figure", "matplotlib.backends.backend_agg", "tqdm", "einops", "pytest"])
 
 
 def as_main(script, arguments, folder):

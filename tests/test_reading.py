@@ -371,6 +371,24 @@ def test_one_colour_image_among_gray_ones_is_named(capsys):
     assert "1 of 21 files" in said and "020.png" in said
 
 
+@pytest.mark.parametrize("odd", [
+    numbers(shape=(16, 16, 3)), numbers("u2", 0, 4096, (16, 16)), None], ids=["colour", "12 bits", "none"])
+def test_of_many_files_one_that_a_first_look_did_not_see_decides_as_much(odd, monkeypatch):
+    """Of 600 files 50 are looked at; what they let expect is dropped where one file is of another kind."""
+    x = numbers(shape=(600, 16, 16))
+    write("set", x)
+    Path("set/004.png").write_bytes(b"broken")
+    if odd is not None:
+        png("set/005", odd)
+    found = read_images("set", size=16)
+    monkeypatch.setattr(decode, "likely_target", lambda files, settings: None)
+    monkeypatch.chdir("set")                                         # where nothing is decoded yet
+    expected = read_images(".", size=16)
+    assert found.files == expected.files and found.skipped == expected.skipped != []
+    assert found.numbers == expected.numbers and np.array_equal(by_number(found), by_number(expected))
+    assert found.images.shape[1] == (3 if odd is not None and odd.ndim == 3 else 1)
+
+
 def test_one_channel_among_three_that_are_no_colours_is_not_shown_thrice():
     write("set", stacks(3), tiff, imagej=True, metadata={"axes": "CYX"})
     tiff("set/012", numbers("u2", 0, 4096, (16, 16)))

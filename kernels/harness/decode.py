@@ -13,16 +13,18 @@ import json
 import logging
 import os
 import warnings
-from collections import Counter, namedtuple
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from .. import __version__
@@ -59,11 +61,15 @@ def look(file, settings):
     if kind in TIFFS:
         return look_into_tiff(file, settings.pages)
     with Image.open(file) as image:
-        frames = getattr(image, "n_frames", 1)
-        if image.mode == "F" or image.mode.startswith("I"):
-            return Kind(False, "int32" if image.mode == "I" else "uint16", 1, (), frames - 1)
-        gray = image.mode in GRAY
-        return Kind(True, "uint8", 1 if gray else 3, (), frames - 1)
+        return kind_of_image(image)
+
+
+def kind_of_image(image):
+    """The Kind of what Pillow has open."""
+    frames = getattr(image, "n_frames", 1)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Kind(False, "int32" if image.mode == "I" else "uint16", 1, (), frames - 1)
+    return Kind(True, "uint8", 1 if image.mode in GRAY else 3, (), frames - 1)
 
 
 def look_into_tiff(file, pages):
@@ -118,26 +124,35 @@ def fit_to(image, settings, background=0):
     return image.resize(canvas)
 
 
+class Surprise(Exception):
+    """A file is not of the kind that a look at some of the files let expect."""
+
+
 def photograph(data, settings, mode):
-    """-> uint8 [size, size] for mode L or [size, size, 3] for RGB, upright; what is transparent is white."""
+    """-> uint8 [size, size] for mode L or [size, size, 3] for RGB, upright; what is transparent is white; the
+    (width, height) it had, and its Kind. Surprise if it is no photograph, or of colour for mode L."""
     if data[:4] == b"\x89PNG" and data[24:25] == b"\x10" and data[25:26] != b"\x00":
         raise ValueError("a PNG of 16 bits a colour, of which Pillow reads 8: write it as TIFF")
     with Image.open(BytesIO(data)) as image:
+        kind = kind_of_image(image)
+        if not kind.photo or (kind.channels == 3 and mode == "L"):
+            raise Surprise
         canvas = settings.size, settings.size
         image.draft(mode, canvas)                        # large JPEGs: as many pixels as needed
-        return photograph_of(image, settings, mode), image.size
+        return photograph_of(image, settings, mode), image.size, kind
 
 
 def photograph_of(image, settings, mode="RGB"):
     """The same of an image that Pillow has open."""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     background = "black"
     if image.has_transparency_data:
         background = "white"
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return np.asarray(fit_to(image.convert(mode), settings, background))
+    image = image if image.mode == mode else image.convert(mode)
+    return np.asarray(fit_to(image, settings, background))
 
 
 def picture_of(image, settings):
@@ -218,14 +233,17 @@ def on_canvas(x, settings):
 
 
 def decode(file_and_kind, settings, target):
-    """-> the array that stands for a file, and what its entry says of it: content, share cut away."""
+    """-> the array that stands for a file, and what its entry says of it: content, share cut away, its kind.
+
+    kind None: nobody has looked yet. Then the target is photographs, and anything else is a Surprise.
+    """
     file, kind = file_and_kind
     data = file.read_bytes()
-    entry = {"content": hashlib.blake2b(data, digest_size=12).hexdigest()}
+    content = hashlib.blake2b(data, digest_size=12).hexdigest()
     if target["photo"]:
-        x, size = photograph(data, settings, target["mode"])
+        x, size, kind = photograph(data, settings, target["mode"])
     elif kind.photo:
-        x, size = photograph(data, settings, "L" if kind.channels == 1 else "RGB")
+        x, size, _ = photograph(data, settings, "L" if kind.channels == 1 else "RGB")
         x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)
     else:
         x, size = numbers_of(file, data, settings, kind)
@@ -248,6 +266,7 @@ def decode(file_and_kind, settings, target):
         x = x.astype(target["dtype"], copy=False)
     if [*x.shape] != target["shape"]:
         raise ValueError(f"its shape is {[*x.shape]}, of most it is {target['shape']}")
+    entry = {"content": content, "kind": list(kind)}
     if size and settings.fit == "crop":
         entry["cut"] = 1 - min(size) / max(size)
     return np.ascontiguousarray(x), entry
@@ -262,19 +281,30 @@ def for_each(function, things, task):
         except Exception as error:                       # whatever Pillow meets in a file
             return error
 
-    with (ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(things, task, delay=1, unit="file") as bar,
+    threads = os.cpu_count()
+    count = min(32, len(things) // (4 * threads) + 1)    # at a time: threads that wait for each other are slow
+    parts = (things[first:first + count] for first in range(0, len(things), count))
+    with (ThreadPoolExecutor(threads) as pool, tqdm(total=len(things), desc=task, delay=1, unit="file") as bar,
           warnings.catch_warnings()):
         warnings.simplefilter("ignore")                  # Pillow's, by the screenful
-        for first in range(0, len(things), 1024):
-            for result in pool.map(attempt, things[first:first + 1024]):
-                bar.update()
-                yield result
+
+        def begin(most):
+            return [pool.submit(lambda part: [*map(attempt, part)], part) for part in islice(parts, most)]
+
+        waiting = deque(begin(4 * threads))              # no more are in memory
+        while waiting:
+            results = waiting.popleft().result()
+            waiting += begin(1)
+            bar.update(len(results))
+            yield from results
 
 
 def one_line(error):
     text = " ".join(str(error).split())
     if "pickle" in text:                                 # NumPy's advice, to load what may run anything
         return "it holds Python objects or is no .npy file"
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify image file"              # Pillow goes on with its name, or an address in memory
     return text.replace("<_io.BytesIO object", "the file").split(" at 0x")[0] or type(error).__name__
 
 
@@ -346,10 +376,17 @@ def kind_of(entry):
     return Kind(photo, dtype, channels, tuple(sides), left_out)
 
 
-def mark(file):
-    """What changes if the file does."""
-    status = file.stat()
-    return f"{os.fsencode(file.resolve()).hex()} {status.st_size} {status.st_mtime_ns}"
+def marks_of(files):
+    """What changes if a file does: where it lies, links resolved, its size and time."""
+    resolved = cache(os.path.realpath)                   # of folders, of which many files are
+    marks = []
+    for file in files:
+        name = os.fspath(file)
+        folder, own = os.path.split(name)
+        place = os.path.realpath(name) if os.path.islink(name) else os.path.join(resolved(folder), own)
+        status = os.stat(name)
+        marks.append(f"{os.fsencode(place).hex()} {status.st_size} {status.st_mtime_ns}")
+    return marks
 
 
 @cache
@@ -401,7 +438,7 @@ def decode_all(files, name, settings, wanted_range=None):
     added, changed or removed, only what is new is decoded. ValueError if nothing can be written.
     """
     folder = Path("runs", "decoded")
-    marks = [mark(file) for file in files]
+    marks = marks_of(files)
     words = [str(settings), str(wanted_range), readers(), *marks]
     key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
     path = folder / f"{name}-{key}.npy"
@@ -423,6 +460,15 @@ def decode_new(files, marks, name, settings, wanted_range, path):
     wanted_range = list(wanted_range) if wanted_range else None      # as JSON gives it back
     earlier, array = known_entries(path.parent, name, made_by)
     before = earlier["entries"]
+    made_by = {"settings": made_by, "range": wanted_range}
+    target = None if before else likely_target(files, settings)
+    if target:                                           # a tenth faster than to look at all of them first
+        entries = {own: {"kind": None, "row": None, "reason": None} for own in marks}
+        pairs = [(file, None) for file in files]
+        try:
+            return write(path, marks, made_by, target, entries, pairs, settings)
+        except Surprise:
+            pass
     unseen = [file for file, own in zip(files, marks) if own not in before]
     seen = for_each(partial(look, settings=settings), unseen, "looking at")
     looked = dict(zip(unseen, [*seen]))
@@ -447,26 +493,45 @@ def decode_new(files, marks, name, settings, wanted_range, path):
     if not same:
         before = {}
     old = np.load(array, mmap_mode="r") if before else None
-    to_decode = [(file, kind) for file, own, kind in zip(files, marks, kinds) if kind and own not in before]
-    results = for_each(partial(decode, settings=settings, target=target), to_decode, "decoding")
+    pairs = [(file, kind) for file, own, kind in zip(files, marks, kinds) if kind and own not in before]
+    return write(path, marks, made_by, target, entries, pairs, settings, before, old)
+
+
+def likely_target(files, settings):
+    """What all files become, by a look at fifty of them; None if they are few, or not all photographs."""
+    if len(files) < 500 or any(ending(file) in (".npy", *NIFTI, *TIFFS) for file in files):
+        return None
+    some = files[::len(files) // 50]
+    found = for_each(partial(look, settings=settings), some, "looking at")
+    kinds = [kind for kind in found if isinstance(kind, Kind)]
+    target = aim(kinds, settings, files) if kinds else {"photo": False}
+    return target if target["photo"] else None
+
+
+def write(path, marks, made_by, target, entries, pairs, settings, before=(), old=None):
+    """Writes the array of all files and its index -> what read_index() gives.
+
+    pairs: (file, kind) of those that are to be decoded; before: entries whose rows are taken from `old`.
+    """
+    results = for_each(partial(decode, settings=settings, target=target), pairs, "decoding")
     try:
         with TemporaryDirectory(prefix=".decoding-", dir=".") as scratch:        # gone if this ends early
             part = Path(scratch, "images.npy")
-            with open(part, "wb") as out:
-                write_rows(out, files, marks, kinds, entries, before, old, results, target)
+            with open(part, "wb") as out, closing(results):
+                write_rows(out, marks, entries, before, old, results, target)
             path.parent.mkdir(parents=True, exist_ok=True)
             part.replace(path)
-            found = {"settings": made_by, "range": wanted_range, "target": target, "entries": entries}
+            found = made_by | {"target": target, "entries": entries}
             text = Path(scratch, "index.json")
             text.write_text(json.dumps(found))
             text.replace(path.with_suffix(".json"))
     except OSError as error:                             # what a broken file raises is an entry's reason
-        raise ValueError(f"cannot write what {len(files)} files decode to below {Path.cwd()} "
+        raise ValueError(f"cannot write what {len(marks)} files decode to below {Path.cwd()} "
                          f"({error.strerror}): make room, a smaller --size, or start in another folder")
     return found
 
 
-def write_rows(out, files, marks, kinds, entries, before, old, results, target):
+def write_rows(out, marks, entries, before, old, results, target):
     """The arrays of all files that have one, one after the other; their entries get rows or reasons."""
     def write_header(count):
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(target["dtype"])), "fortran_order": False,
@@ -474,18 +539,18 @@ def write_rows(out, files, marks, kinds, entries, before, old, results, target):
         out.seek(0)
         np.lib.format.write_array_header_1_0(out, header)        # as long for any count
 
-    write_header(len(files))
+    write_header(len(marks))
     count = 0
-    for own, kind in zip(marks, kinds):
+    for own in marks:
         entry = entries[own]
-        if not kind:
+        if entry["reason"]:
             continue
         if own in before:
-            if before[own]["row"] is None:
-                continue
             out.write(old[before[own]["row"]].tobytes())
         else:
             result = next(results)
+            if isinstance(result, Surprise):
+                raise result
             if isinstance(result, Exception):
                 entry.update(row=None, reason=one_line(result))
                 continue
@@ -494,6 +559,4 @@ def write_rows(out, files, marks, kinds, entries, before, old, results, target):
             entry.update(more, reason=None)
         entry["row"] = count
         count += 1
-    for _ in results:                                    # ends the threads
-        pass
     write_header(count)

@@ -22,7 +22,8 @@ def all_files(folder):
         seen.add(Path(root).resolve())
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in files if file.is_file())  # nobody may ever write into a pipe
+    files = [file for file in files if file.is_file()]       # nobody may ever write into a pipe
+    return sorted(files, key=lambda file: file.parts)
 
 
 def taken(files):
