@@ -32,7 +32,6 @@ random, all of it the bank and in AdamW; batch norm for the centring.
 if __name__ == "__main__":
     import kernels.harness.start                                     # before torch: see there
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +40,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from kernels import bank_cross_entropy, bank_logsumexp, dictionary_loss, variance_covariance
-from kernels.harness.cli import (bounded, layer_sizes_or_none, load_data, load_encoder, open_folder, options,
+from kernels.harness.cli import (bounded, layer_sizes_or_none, load_data, make_encoder, open_folder, options,
                                  parse)
 from kernels.harness.encoder import Encoder                          # to be found here too
 from kernels.harness.images import fixed_order, limited, pixels
@@ -282,8 +281,7 @@ def train(model, optimizer, data, run, meters):
 
     meters(model in eval mode) -> {name: number}, for each epoch's line.
     """
-    rate = partial(learning_rate, steps=run.total, batch=run.step_size)
-    schedule = LambdaLR(optimizer, rate)
+    schedule = LambdaLR(optimizer, run.rate(learning_rate))
     call = run.start(model, optimizer, schedule)                     # or goes on where last.pt stands
     for epoch in run.epochs():
         model.train()
@@ -395,7 +393,7 @@ def main():
     own = args.batch // world_size()                             # a process fuses its own images
     if not args.no_fusion and own < 2:
         die(f"--batch {args.batch} leaves each process one image, with none to mix: give a larger one")
-    encoder = load_encoder(args, data)
+    encoder = make_encoder(args, data)
     folder = open_folder(args, state)
 
     fusion = None

@@ -30,7 +30,6 @@ if __name__ == "__main__":
     import kernels.harness.start                                     # before torch: see there
 import json
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +39,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from kernels import bank_topk, dictionary_loss, dictionary_reference, dictionary_signs
-from kernels.harness.cli import bounded, layer_sizes, load_data, load_encoder, open_folder, options, parse
+from kernels.harness.cli import bounded, layer_sizes, load_data, make_encoder, open_folder, options, parse
 from kernels.harness.encoder import Encoder                          # to be found here too
 from kernels.harness.files import atomic_write_text
 from kernels.harness.images import encode, fixed_order, limited, pixels
@@ -235,8 +234,7 @@ def learning_rate(step, steps, batch):
 
 def train(model, optimizer, data, run):
     """Minimise the sum of the model's terms. A step of the optimiser takes `accumulate` batches."""
-    rate = partial(learning_rate, steps=run.total, batch=run.step_size)
-    schedule = LambdaLR(optimizer, rate)
+    schedule = LambdaLR(optimizer, run.rate(learning_rate))
     watched = data.test_images[fixed_order(len(data.test_images))[:512]]
     call = run.start(model, optimizer, schedule)                     # or goes on where last.pt stands
     for epoch in run.epochs():
@@ -388,7 +386,7 @@ def main():
     if args.eps * (args.codes - 1) >= 1:
         die(f"--eps {args.eps} must be below 1 / (codes - 1), {1 / (args.codes - 1):.3g}: lower one")
     data = load_data(args)
-    encoder = load_encoder(args, data)
+    encoder = make_encoder(args, data)
     folder = open_folder(args, state)
 
     dictionary = make_dictionary(args.dictionary, args.codes, args.projector[-1], args.batch, args.seed)

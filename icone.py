@@ -31,7 +31,6 @@ Towards the third party's form: --diversity relu2 --weight 2 --view-view 1 --cen
 if __name__ == "__main__":
     import kernels.harness.start                                     # before torch: see there
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from kernels import bank_logsumexp, bank_repulsion
-from kernels.harness.cli import (bounded, layer_sizes_or_none, load_data, load_encoder, open_folder, options,
+from kernels.harness.cli import (bounded, layer_sizes_or_none, load_data, make_encoder, open_folder, options,
                                  parse)
 from kernels.harness.encoder import Encoder                          # to be found here too
 from kernels.harness.images import in_parts, pixels
@@ -226,8 +225,7 @@ def learning_rate(step, steps, batch):
 
 def train(model, optimizer, data, run):
     """Minimise the sum of the model's terms. A step of the optimiser takes `accumulate` batches."""
-    rate = partial(learning_rate, steps=run.total, batch=run.step_size)
-    schedule = LambdaLR(optimizer, rate)
+    schedule = LambdaLR(optimizer, run.rate(learning_rate))
     call = run.start(model, optimizer, schedule)                     # or goes on where last.pt stands
     for epoch in run.epochs():
         model.train()
@@ -265,7 +263,7 @@ def main():
         help="rows of the table that push those of a step away: all if there are no more, else at random")
     args, state = parse(parser)
     data = load_data(args)
-    encoder = load_encoder(args, data)
+    encoder = make_encoder(args, data)
     folder = open_folder(args, state)
 
     model = IConE(encoder, encoder.features, len(data.images), projector=args.projector, centre=args.centre,

@@ -23,7 +23,6 @@ digits and volumes (paper: crops, blur, solarisation). (5) The loss is computed 
 if __name__ == "__main__":
     import kernels.harness.start                                     # before torch: see there
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from kernels import variance_covariance
-from kernels.harness.cli import bounded, layer_sizes, load_data, load_encoder, open_folder, options, parse
+from kernels.harness.cli import bounded, layer_sizes, load_data, make_encoder, open_folder, options, parse
 from kernels.harness.encoder import Encoder                          # to be found here too
 from kernels.harness.images import pixels
 from kernels.harness.probes import begin, quick_probe, report
@@ -103,8 +102,7 @@ def learning_rate(step, steps, batch):
 
 def train(model, optimizer, data, run):
     """Minimise the sum of the model's terms. A step of the optimiser takes `accumulate` batches."""
-    rate = partial(learning_rate, steps=run.total, batch=run.step_size)
-    schedule = LambdaLR(optimizer, rate)
+    schedule = LambdaLR(optimizer, run.rate(learning_rate))
     call = run.start(model, optimizer, schedule)                     # or goes on where last.pt stands
     for epoch in run.epochs():
         model.train()
@@ -133,7 +131,7 @@ def main():
     add("--covariance", type=weight, default=1., help="weight nu of c; 0 shows dimensional collapse")
     args, state = parse(parser)
     data = load_data(args)
-    encoder = load_encoder(args, data)
+    encoder = make_encoder(args, data)
     folder = open_folder(args, state)
 
     model = VICReg(encoder, encoder.features, projector=args.projector, invariance=args.invariance,

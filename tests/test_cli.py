@@ -100,7 +100,7 @@ BAD = [  # arguments, scripts, what makes the data, words the message must have
     ("--resume half", ONE, run_folder(), "cannot resume half.*start a new run"),
     ("--resume half", ONE, run_folder(b"PK\x03\x04 and then nothing"), "cannot resume half.*start a new run"),
     ("--resume half", ONE, foreign_checkpoint, "cannot resume half.*start a new run"),
-    ("--resume half --epochs 9", ONE, run_folder(), "--resume takes no other option"),
+    ("--resume half --lr 9", ONE, run_folder(), "--resume takes no other option but --epochs"),
     ("--resume=", ONE, None, "--resume: it is empty"),
     (f"{SMALL} --out=", ONE, None, "--out: it is empty"),
     (f"{SMALL} --seed {2 ** 64}", ONE, None, "--seed"),

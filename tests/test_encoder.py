@@ -1,6 +1,7 @@
 """kernels/harness/encoder.py: its shapes; that it starts from another run's, is tuned and exported, and that another
 backbone takes its place as kernels/harness/README.md says.
 """
+import json
 import shutil
 
 import numpy as np
@@ -25,15 +26,37 @@ def test_encoder_shapes_and_no_sample_sees_another(shape):
     torch.testing.assert_close(encoder(x[2:3])[0], h[2])
 
 
-@command("; ".join([f"{SMALL} --width 5", f"{SMALL} --init runs/vicreg-1 --lr 0",
-                    f"{SMALL} --init runs/vicreg-1/encoder.pt --lr 0"]),
-         prepare=COLOURED)
+INIT = "--data small.npz --batch 8 --epochs 3 --lr 0 --init runs/vicreg-1"
+
+
+@command(f"{SMALL} --width 5; {INIT}; {INIT}/encoder.pt --width 5", prepare=COLOURED)
 def test_init_starts_from_an_encoder_of_its_own_width(run):
     encoders = [run.encoder(number) for number in (1, 2, 3)]
     for encoder in encoders[1:]:
         assert encoder["config"] == encoders[0]["config"]
         for name, value in encoders[0]["state_dict"].items():
             assert torch.equal(encoder["state_dict"][name], value), name
+    config, first, second = [json.loads((run.out(number) / file).read_text()) for number, file in
+                             ((2, "config.json"), (1, "report.json"), (2, "report.json"))]
+    assert (config["width"], config["depth"]) == (5, 1)
+    probes = second["probes"]
+    assert [*probes] == ["raw pixels", "random encoder", "encoder of runs/vicreg-1", "trained encoder"]
+    assert probes["encoder of runs/vicreg-1"] == probes["trained encoder"] == first["probes"]["trained encoder"]
+    assert probes["random encoder"] != probes["trained encoder"]
+    assert "\nencoder of runs/vicreg-1  " in run.done[1].stdout
+
+
+@command(f"{SMALL} --width 5; {INIT} --width 4; {INIT} --depth 2", prepare=COLOURED)
+def test_init_refuses_options_that_it_would_ignore(run):
+    for done, words in zip(run.done[1:], ("the width of its encoder is 5: leave out --width",
+                                          "the depth of its encoder is 1: leave out --depth")):
+        assert done.returncode == 2 and words in done.stderr
+
+
+@command(f"{SMALL} --width 5; {INIT}; --resume runs/vicreg-2", prepare=COLOURED)
+def test_a_run_of_init_resumes(run):
+    assert run.done[2].returncode == 0, run.done[2].stderr
+    assert "encoder of runs/vicreg-1" in run.stdout
 
 
 @command(SMALL, prepare=saved(**small_arrays(32, 32, 3)))
@@ -72,7 +95,7 @@ class models:
 
 def test_another_backbone_takes_the_encoders_place(tmp_path):
     script = (ROOT / "vicreg.py").read_text()
-    line = "    encoder = load_encoder(args, data)\n"
+    line = "    encoder = make_encoder(args, data)\n"
     assert script.count(line) == 1
     (tmp_path / "vicreg.py").write_text(script.replace(line, snippet("resnet18")))
     (tmp_path / "torchvision.py").write_text(TORCHVISION)

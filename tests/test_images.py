@@ -136,7 +136,7 @@ def test_a_flat_folder_trains_without_labels(run):
     assert run.notes()
     assert "k-NN" not in run.stdout
     assert "RankMe" in run.stdout
-    assert set(run.features()) == {"train_features", "test_features"}
+    assert set(run.features()) == {"train_features", "test_features", "train_files", "test_files"}
     assert {*PICTURES} <= {file.name for file in run.out().iterdir()}
 
 

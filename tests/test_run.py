@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -163,6 +164,90 @@ def test_a_checkpoint_within_an_epoch_is_no_older_than_save_minutes(tmp_path, mo
 
 
 # ---- Whole runs --------------------------------------------------------------------------------------------
+# ---- Longer ------------------------------------------------------------------------------------------------
+@each_loop
+def test_more_epochs_go_on_with_a_schedule_of_their_own(name, tmp_path):
+    """4 epochs of 3 steps, then 3 more, then one: all else goes on where it stood, the learning rate begins anew."""
+    short = train(name, small_model(name), small_data(), tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    longer = train(name, small_model(name), small_data(), tmp_path / "run", state, Watched, epochs=7)
+    assert longer.history[:4] == short.history and [line["epoch"] for line in longer.history] == [*range(1, 8)]
+    before, *_ = longer.gradients[0]
+    for key, value in before.state_dict().items():                   # projector, rows, dictionary, fusion
+        assert torch.equal(value, short.model.state_dict()[key]), key
+    rate = LOOPS[name].learning_rate
+    expected = [1e-3 * rate(step, 9, 8) for step in range(9)]
+    assert longer.rates == pytest.approx(expected) and longer.rates[0] > 0
+    steps = {float(part["step"]) for part in longer.optimizer.state.values()}
+    assert steps == {21}                                             # Adam's moments were kept
+    if name == "falcon":
+        assert [line["beta"] for line in longer.history[4:]] == [1, 1, 1]
+
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    last = train(name, small_model(name), small_data(), tmp_path / "run", state, Watched, epochs=8)
+    assert last.rates == pytest.approx([1e-3 * rate(step, 3, 8) for step in range(3)])
+
+
+def test_a_signal_in_added_epochs_and_the_run_goes_on_to_the_bit(tmp_path):
+    train("vicreg", small_model("vicreg"), small_data(), tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+
+    def added(folder, view=posed_view, epochs=7):
+        state = load_checkpoint(folder / "last.pt")
+        return train("vicreg", small_model("vicreg"), small_data(view), folder, state, epochs=epochs)
+
+    left = 19
+
+    def view(x, generator):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return posed_view(x, generator)
+
+    whole = added(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        added(tmp_path / "run", view)
+    again = added(tmp_path / "run")
+    assert again.history == whole.history
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+AGAIN = "--resume runs/vicreg-1"
+
+
+def keep(name):
+    """What copies the run's report and history to a file of this name."""
+    def copy_of(folder):
+        run = folder / "runs" / "vicreg-1"
+        found = {"report": json.loads((run / "report.json").read_text()), "metrics": (run / "metrics.jsonl").read_text()}
+        (folder / name).write_text(json.dumps(found))
+    return copy_of
+
+
+def cut_short(folder):
+    path = folder / "runs" / "vicreg-1" / "last.pt"
+    state = load_checkpoint(path)
+    state["history"].pop()
+    torch.save(state, path)
+
+
+@command(f"{SMALL}; {AGAIN} --epochs 5; {AGAIN}; {AGAIN} --epochs 5; {AGAIN} --epochs 2; {AGAIN} --epochs 9",
+         between=(keep("before"), keep("after"), keep("again"), lambda folder: None, cut_short))
+def test_resume_with_more_epochs_as_a_user_does(run):
+    assert [done.returncode for done in run.done] == [0, 0, 0, 2, 2, 2], run.done[1].stderr
+    before, after, again = [json.loads((run.folder / name).read_text()) for name in ("before", "after", "again")]
+    assert after["metrics"].startswith(before["metrics"]) and after["metrics"].count("\n") == 5
+    assert after["report"]["probes"]["random encoder"] == before["report"]["probes"]["random encoder"]
+    assert after["report"] != before["report"] and again == after    # that has ended, too
+    assert json.loads((run.folder / "runs" / "vicreg-1" / "config.json").read_text())["epochs"] == 5
+    for done, words in zip(run.done[3:], ("--epochs 5: the run stands at 5 of its 5", "--epochs 2: the run stands at 5 of its 5",
+                                          "--epochs 9: the run stands at 4 of its 5; it can be made longer than these once")):
+        assert words in done.stderr
+
+
+# ---- Whole runs that are ended -----------------------------------------------------------------------------
 @command(f"{SMALL} --epochs 16", scripts=ALL, way=killed_and_resumed, slow=["icone.py", "falcon.py", "ba_ssl.py"])
 def test_a_killed_run_resumes_to_the_bit(run):
     assert run.returncode == 0, run.stderr

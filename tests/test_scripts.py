@@ -19,7 +19,7 @@ from scripts import ALL, ROOT, SMALL, as_a_copy, command, process, saved, small_
 @command("--epochs 1 --width 4", scripts=ALL)
 def test_a_run_ends_with_tables_verdict_and_files(run):
     files = {"config.json", "curves.png", "embedding.png", "encoder.pt", "features.npz", "last.pt", "metrics.jsonl",
-             "neighbours.png", "report.json", "untrained.json", "views.png"}
+             "neighbours.png", "report.json", "untrained.json", "views.png", "browse.html"}
     if run.script == "falcon.py":
         files |= {"meters.json", "meters.png"}
     assert {file.name for file in run.out().iterdir()} == files

@@ -167,7 +167,7 @@ def interrupting(function):
     return call
 
 
-@pytest.mark.parametrize("moment", ["read_data", "load_encoder", "open_folder", "begin"])
+@pytest.mark.parametrize("moment", ["read_data", "make_encoder", "open_folder", "begin"])
 def test_ctrl_c_before_the_first_checkpoint_says_that_nothing_is_lost(moment, finished, capsys, monkeypatch):
     place = cli if moment == "read_data" else vicreg
     monkeypatch.setattr(place, moment, interrupting(getattr(place, moment)))

@@ -4,7 +4,7 @@
     add("--variance", type=bounded(float, 0), default=25.)   # the method's own come first in --help
     args, state = parse(parser)                              # state: the checkpoint to go on from, or None
     data = load_data(args)
-    encoder = load_encoder(args, data)
+    encoder = make_encoder(args, data)
     folder = open_folder(args, state)
 
 A user's mistake ends the program with one line that says what to do, and exit code 2.
@@ -109,7 +109,9 @@ def options(method, description, batch, epochs, lr, least_batch=1):
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=bounded(int, least_batch), default=batch,
         help="images at a time; what is left over after the last step is dropped")
-    add("--epochs", type=count, default=epochs, help="passes over the training images")
+    add("--epochs", type=count, default=epochs,
+        help="passes over the training images; where a run that has ended is resumed more of them: the "
+        "learning rate rises and falls once more")
     add("--accumulate", type=count, default=1, help="batches whose gradients are averaged for one step")
     add("--lr", type=bounded(float, 0), default=lr,
         help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
@@ -131,21 +133,23 @@ def options(method, description, batch, epochs, lr, least_batch=1):
     add("--out", type=filled, help="run folder, new or empty; if not given runs/SCRIPT-1, -2, ...")
     add("--save-minutes", type=bounded(float, 0), default=10.,
         help="a checkpoint within an epoch is no older than this; there is one after each epoch")
-    add("--resume", type=filled, help="folder of a run to continue, with its own options")
+    add("--resume", type=filled, help="folder of a run to continue, with its own options; epochs may rise")
     add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
     return parser, add_own
 
 
 def parse(parser):
     """The options, and the checkpoint to go on from or None; a resumed run keeps its own options, but for
-    --out, which is where it lies now."""
+    --out, which is where it lies now, and --epochs, which may rise."""
     args = parser.parse_args()
+    given = {word.partition("=")[0] for word in sys.argv if word.startswith("--")}
     if args.range:
         args.range = range_of_numbers(args.range)
     if args.resume is None:
         return args, None
-    if sum(word.startswith("--") for word in sys.argv) > 1:
-        die("--resume takes no other option: the run keeps its own")
+    if given - {"--resume", "--epochs"}:
+        die("--resume takes no other option but --epochs: the run keeps its own")
+    epochs = args.epochs if "--epochs" in given else None
     path = Path(args.resume, "last.pt")
     if not path.is_file():
         die(f"cannot resume {args.resume}: there is no {path}; give the folder of a run, or start a new run")
@@ -167,6 +171,12 @@ def parse(parser):
                 raise ValueError(f"its --{name} {value} cannot be typed again, it would be {again}")
     except Exception as error:                           # cut short, not a checkpoint
         die(f"cannot resume {args.resume}, its last.pt does not serve ({error}): start a new run")
+    if epochs is not None:
+        done, of = len(state["history"]), args.epochs
+        if epochs <= of or done < of:
+            die(f"--epochs {epochs}: the run stands at {done} of its {of}; it can be made longer than these "
+                "once it has ended")
+        args.epochs = epochs
     return argparse.Namespace(**vars(args) | not_typed), state
 
 
@@ -239,15 +249,16 @@ def load_data(args):
     return data
 
 
-def load_encoder(args, data):
+def make_encoder(args, data):
     """An Encoder for these images, new or that of --init, after the seed is set; ends the program if it
-    does not fit them."""
+    does not fit them. Its `origin` is what a table calls it before it is trained."""
     torch.manual_seed(args.seed)
     channels, *sides = data.images.shape[1:]
     wanted = dict(channels=channels, axes=len(sides))
+    origin = f"encoder of {args.init}" if args.init else "random encoder"
     if args.encoder:                                                 # a resumed run: its weights come later
-        return Encoder(**args.encoder | wanted)
-    if args.init:
+        encoder = Encoder(**args.encoder | wanted)
+    elif args.init:
         path = Path(args.init)
         try:
             saved = load_checkpoint(path / "encoder.pt" if path.is_dir() else path)
@@ -255,11 +266,17 @@ def load_encoder(args, data):
             encoder.load_state_dict(saved["state_dict"])
         except Exception as error:                                   # missing, cut short, another network's
             die(f"--init {path} has no encoder.pt of these scripts ({error}): give a finished run's folder")
+        for name in ("width", "depth"):
+            own = encoder.config[name]
+            if any(word.startswith(f"--{name}") for word in sys.argv) and getattr(args, name) != own:
+                die(f"--init {path}: the {name} of its encoder is {own}: leave out --{name}")
         if not wanted.items() <= encoder.config.items():
             die(f"--init {path}: its encoder is {encoder.config}, but {args.data} has {wanted}")
     else:
         encoder = Encoder(**wanted, width=args.width, depth=args.depth, large=min(sides) >= 96)
     args.encoder = encoder.config
+    args.width, args.depth = [encoder.config[name] for name in ("width", "depth")]
+    encoder.origin = origin
     return encoder
 
 

@@ -28,11 +28,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from .. import __version__
+from .files import write_npy_header
 from .numbers import number_range
 from .sources import NIFTI, TIFFS, ending
 
-# What decides on what a file becomes. size: of a square canvas. fit: crop, pad or stretch to it. pages: of a
-# TIFF whose pages are not said to be channels: auto and first take the first, channels and volume all.
+# What decides on what a file becomes. size: of a square canvas, None for its own sides. fit: crop, pad or
+# stretch to it. pages: of a TIFF whose pages are not said to be channels: auto and first take the first,
+# channels and volume all.
 Settings = namedtuple("Settings", "size fit pages", defaults=[64, "crop", "auto"])
 # What a file holds. photo: of 8 bits, for Pillow. sides: () if it is fitted to the canvas, else a volume's.
 # left_out: pages or frames that are not taken.
@@ -116,6 +118,8 @@ def nifti(file):
 # ---- One file: its pixels ----------------------------------------------------------------------------------
 def fit_to(image, settings, background=0):
     """A Pillow image on the canvas: its middle, whole within a border, or stretched."""
+    if not settings.size:                                # of its own sides
+        return image
     canvas = settings.size, settings.size
     if settings.fit == "crop":
         return ImageOps.fit(image, canvas)
@@ -128,17 +132,17 @@ class Surprise(Exception):
     """A file is not of the kind that a look at some of the files let expect."""
 
 
-def photograph(data, settings, mode):
+def photograph(data, settings, mode, looked_at=True):
     """-> uint8 [size, size] for mode L or [size, size, 3] for RGB, upright; what is transparent is white; the
-    (width, height) it had, and its Kind. Surprise if it is no photograph, or of colour for mode L."""
+    (width, height) it had, and its Kind. Not looked at, it is a Surprise if it is none or of colour for L."""
     if data[:4] == b"\x89PNG" and data[24:25] == b"\x10" and data[25:26] != b"\x00":
         raise ValueError("a PNG of 16 bits a colour, of which Pillow reads 8: write it as TIFF")
     with Image.open(BytesIO(data)) as image:
         kind = kind_of_image(image)
-        if not kind.photo or (kind.channels == 3 and mode == "L"):
+        if not looked_at and (not kind.photo or (kind.channels == 3 and mode == "L")):
             raise Surprise
-        canvas = settings.size, settings.size
-        image.draft(mode, canvas)                        # large JPEGs: as many pixels as needed
+        if settings.size:
+            image.draft(mode, (settings.size, settings.size))        # large JPEGs: no more pixels than needed
         return photograph_of(image, settings, mode), image.size, kind
 
 
@@ -219,7 +223,7 @@ def numbers_of(file, data, settings, kind):
 
 def on_canvas(x, settings):
     """[C, H, W] of any numbers -> [C, size, size] of the same kind; as it is if it has that size."""
-    if x.shape[1:] == (settings.size, settings.size):
+    if not settings.size or x.shape[1:] == (settings.size, settings.size):
         return x
     planes = []
     for plane in x:
@@ -241,7 +245,7 @@ def decode(file_and_kind, settings, target):
     data = file.read_bytes()
     content = hashlib.blake2b(data, digest_size=12).hexdigest()
     if target["photo"]:
-        x, size, kind = photograph(data, settings, target["mode"])
+        x, size, kind = photograph(data, settings, target["mode"], looked_at=kind is not None)
     elif kind.photo:
         x, size, _ = photograph(data, settings, "L" if kind.channels == 1 else "RGB")
         x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)
@@ -254,22 +258,27 @@ def decode(file_and_kind, settings, target):
             x = x.astype(np.float32, copy=False)
             if not np.isfinite(x).all():                 # to which numbers beyond float32 belong
                 raise ValueError("it holds NaN or infinite numbers")
+    entry = {"content": content, "kind": list(kind)}
+    if size and settings.fit == "crop":
+        entry["cut"] = 1 - min(size) / max(size)
+    return finished(x, kind.dtype, target), entry
+
+
+def finished(x, dtype, target):
+    """The target's array of what one file or array of this kind holds; ValueError for another shape."""
     if not target["photo"]:
         if len(x) == 1 and target["colour"]:
             x = x.repeat(3, 0)                           # gray among colour
         if target["ranges"]:                             # of several kinds: each by its own range
-            if kind.dtype not in target["ranges"]:
-                raise ValueError(f"no {kind.dtype} of those that were looked at could be read")
-            low, high = target["ranges"][kind.dtype]
+            if dtype not in target["ranges"]:
+                raise ValueError(f"no {dtype} of those that were looked at could be read")
+            low, high = target["ranges"][dtype]
             share = (x.astype(np.float64) - low) / (high - low)
             x = (share.clip(0, 1) * 65535).round()
         x = x.astype(target["dtype"], copy=False)
     if [*x.shape] != target["shape"]:
         raise ValueError(f"its shape is {[*x.shape]}, of most it is {target['shape']}")
-    entry = {"content": content, "kind": list(kind)}
-    if size and settings.fit == "crop":
-        entry["cut"] = 1 - min(size) / max(size)
-    return np.ascontiguousarray(x), entry
+    return np.ascontiguousarray(x)
 
 
 # ---- All files ---------------------------------------------------------------------------------------------
@@ -282,10 +291,10 @@ def for_each(function, things, task):
             return error
 
     threads = os.cpu_count()
-    count = min(32, len(things) // (4 * threads) + 1)    # at a time: threads that wait for each other are slow
+    count = min(32, len(things) // (4 * threads) + 1)    # at a time: threads that often meet are slow
     parts = (things[first:first + count] for first in range(0, len(things), count))
-    with (ThreadPoolExecutor(threads) as pool, tqdm(total=len(things), desc=task, delay=1, unit="file") as bar,
-          warnings.catch_warnings()):
+    bar = tqdm(total=len(things), desc=task, delay=1, unit="file")
+    with ThreadPoolExecutor(threads) as pool, bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # Pillow's, by the screenful
 
         def begin(most):
@@ -304,7 +313,7 @@ def one_line(error):
     if "pickle" in text:                                 # NumPy's advice, to load what may run anything
         return "it holds Python objects or is no .npy file"
     if isinstance(error, UnidentifiedImageError):
-        return "cannot identify image file"              # Pillow goes on with its name, or an address in memory
+        return "cannot identify image file"              # Pillow goes on with a name or an address in memory
     return text.replace("<_io.BytesIO object", "the file").split(" at 0x")[0] or type(error).__name__
 
 
@@ -533,13 +542,7 @@ def write(path, marks, made_by, target, entries, pairs, settings, before=(), old
 
 def write_rows(out, marks, entries, before, old, results, target):
     """The arrays of all files that have one, one after the other; their entries get rows or reasons."""
-    def write_header(count):
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(target["dtype"])), "fortran_order": False,
-                  "shape": (count, *target["shape"])}
-        out.seek(0)
-        np.lib.format.write_array_header_1_0(out, header)        # as long for any count
-
-    write_header(len(marks))
+    write_npy_header(out, target["dtype"], (len(marks), *target["shape"]))
     count = 0
     for own in marks:
         entry = entries[own]
@@ -559,4 +562,5 @@ def write_rows(out, marks, entries, before, old, results, target):
             entry.update(more, reason=None)
         entry["row"] = count
         count += 1
-    write_header(count)
+    out.seek(0)
+    write_npy_header(out, target["dtype"], (count, *target["shape"]))

@@ -8,6 +8,7 @@ import os
 import zipfile
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 try:
@@ -24,8 +25,11 @@ def atomic_write(path):
     with open(part, "xb") as file:                                   # x: does not follow a link put here
         try:
             yield file
-        except RuntimeError as error:                                # torch.save's, when the disk is full
-            raise error.__context__ or error
+        except BaseException as error:
+            part.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError):                      # torch.save's, when the disk is full
+                raise error.__context__ or error
+            raise
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
@@ -35,6 +39,13 @@ def atomic_write_text(path, text):
     """As Path.write_text, but whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode(errors="backslashreplace"))
+
+
+def write_npy_header(file, dtype, shape):
+    """The head of an .npy file, as long whatever its number of rows: it can be written anew once that is
+    known."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def load_checkpoint(path):

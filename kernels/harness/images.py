@@ -18,11 +18,13 @@ from .numbers import number_range
 # images [N, C, *S]: a tensor, uint8 (0 to 255) or float (0 to 1), or Images, which gives such tensors.
 # labels [N] int64, numbers of `classes`, or None.
 # view(batch, generator): a random view of a batch, for who trains on it.
-# files, test_files: the name of each image, relative to the folder, or None. skipped: [(name, reason)].
+# files, test_files: the name of each image, relative to the folder; of arrays its row; or None.
+# skipped: [(name, reason)] of files that cannot be read.
 # numbers: what became of the numbers in the files, {"dtype", "low", "high", "rule", "outside"}.
 # whole(rows): training images before anything was cut off, or None.
-FIELDS = "images labels test_images test_labels classes view files test_files skipped numbers whole"
-Data = namedtuple("Data", FIELDS, defaults=[(), None, None, None, (), None, None])
+# prepare: prepare.py's Prepare, by which other files become such images, or None.
+FIELDS = "images labels test_images test_labels classes view files test_files skipped numbers whole prepare"
+Data = namedtuple("Data", FIELDS, defaults=[(), None, None, None, (), None, None, None])
 
 
 # ---- Sets of images ----------------------------------------------------------------------------------------
@@ -115,10 +117,19 @@ def limited(data, most=10_000):
         return data
     train = sample_rows(len(data.images), most)
     test = sample_rows(len(data.test_images), most)
-    data = data._replace(images=choose(data.images, train), test_images=choose(data.test_images, test))
+    files, test_files = names_of(data)
+    data = data._replace(images=choose(data.images, train), test_images=choose(data.test_images, test),
+                         files=files[train], test_files=test_files[test])
     if data.labels is None:
         return data
     return data._replace(labels=data.labels[train], test_labels=data.test_labels[test])
+
+
+def names_of(data):
+    """Of each training and each test image its file, or its row in the array that it came in."""
+    if data.files is None:
+        return np.arange(len(data.images)), np.arange(len(data.test_images))
+    return np.array(data.files), np.array(data.test_files)
 
 
 # ---- What the numbers mean ---------------------------------------------------------------------------------
@@ -167,15 +178,16 @@ def to_unit(name, found, wanted=None, kind=None):
     except ValueError as error:
         raise ValueError(f"{name}: {error}")
     outside = float(((sample < low) | (sample > high)).mean())
-    scaled = {key: tensor_or_images(Images(raw, low, high)) for key, raw in sets.items()}
+    scaled = {key: tensor_or_images(Images(raw, low, high), outside) for key, raw in sets.items()}
     numbers = {"dtype": str(kind or dtype), "low": low, "high": high, "rule": rule, "outside": outside}
     return found | scaled, numbers
 
 
-def tensor_or_images(images):
-    """Images in memory that need no scaling as a tensor of that memory (float64: a copy); else as given."""
+def tensor_or_images(images, outside):
+    """Images in memory that need no scaling as a tensor of that memory (float64: a copy); else as given.
+    outside: the share of numbers that are to be cut."""
     array = images.raw.array
-    as_they_are = array.dtype.kind == "f" and (images.low, images.high) == (0, 1)
+    as_they_are = array.dtype.kind == "f" and (images.low, images.high) == (0, 1) and not outside
     if isinstance(array, np.memmap) or not (images.plain or as_they_are):
         return images
     x = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))

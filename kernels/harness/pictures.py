@@ -8,51 +8,79 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE
 
-from .images import fixed_order, pixels
+from .images import fixed_order, names_of, pixels
 from .files import atomic_write
 from .views import two_views
 
-NO_TERMS = "epoch", "loss", "RankMe", "knn", "meters"    # of a line of the history; the others are loss terms
+NO_TERMS = "epoch", "loss", "RankMe", "knn", "meters"    # of a line of the history
 
 
 def save_figure(figure, path):
     """A picture that is never half written."""
     with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", dpi=120)
+
+
+def loss_terms(history):
+    """The names in a line of the history that make up the loss, and those that are noted beside it.
+
+    Terms are logged before notes: they are the first so many whose sum is the loss; all if there are none.
+    """
+    names = [name for name in history[0] if name not in NO_TERMS]
+    for count in range(1, len(names)):
+        sums = [sum(line[name] for name in names[:count]) for line in history]
+        if all(math.isclose(total, line["loss"], rel_tol=1e-3) for total, line in zip(sums, history)):
+            return names[:count], names[count:]
+    return names, []
 
 
 def plot_curves(history, probes, folder):
-    """curves.png: over epochs the loss terms, the dimensions in use and, with labels, the k-NN accuracy."""
+    """curves.png: over epochs the loss and its terms, the dimensions in use and, with labels, the k-NN
+    accuracy."""
     labelled = any("knn" in line for line in history)
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
     axes = figure.subplots(1, 3 if labelled else 2)
     epochs = [line["epoch"] for line in history]
+    mark = "." if len(history) < 100 else ""
 
-    for name in [name for name in history[0] if name not in NO_TERMS]:
-        values = [line[name] for line in history]
-        axes[0].plot(epochs, values, ".-", label=name)
+    def plot(name, **style):
+        axes[0].plot(epochs, [line[name] for line in history], marker=mark, **style)
+
+    terms, notes = loss_terms(history)
+    plot("loss", label="loss", color="black", linewidth=2)
+    for name in terms if len(terms) > 1 else []:
+        plot(name, label=name)
+    for name in notes:
+        plot(name, label=f"{name} (no term)", linestyle=":", linewidth=1)
     axes[0].set_yscale("asinh", linear_width=0.1)        # logarithmic, but for terms that cross 0
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[0].set_title("loss terms, means over an epoch")
+    axes[0].set_title("loss and its terms, means over an epoch")
     axes[0].legend(fontsize=8, framealpha=0.5)
 
     ranks = [line.get("RankMe", math.nan) for line in history]
     axes[1].plot(epochs, ranks, "o")
-    axes[1].set(title="RankMe of z, 256 test images", ylim=(0, None))
+    highest = max((rank for rank in ranks if not math.isnan(rank)), default=1)
+    axes[1].set(title="RankMe of z, 256 test images", ylim=(0, 1.08 * highest))
 
     if labelled:
         knn = [line.get("knn", math.nan) for line in history]
         axes[2].plot(epochs, knn, "o", label="trained encoder")
-        for name, colour in ("raw pixels", "C1"), ("random encoder", "C2"):
-            axes[2].axhline(probes[name]["k-NN"], color=colour, label=name)
-        axes[2].set(title="k-NN accuracy, test features", ylim=(0, 1))
-        axes[2].legend()
+        before = [name for name in probes if name != "trained encoder"]
+        for k, name in enumerate(before):
+            axes[2].axhline(probes[name]["k-NN"], color=f"C{k + 1}", label=name)
+        axes[2].set(title="k-NN accuracy, test features", ylim=(0, 1.03))
+        axes[2].legend(fontsize=8)
     for axis in axes:
-        axis.set_xlabel("epoch")
+        last = max(epochs[-1], 2)
+        axis.set(xlabel="epoch", xlim=(0.5 - 0.02 * last, last + 0.5 + 0.02 * last))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     save_figure(figure, folder / "curves.png")
 
 
@@ -117,22 +145,36 @@ def picture(x):
     return x.clamp(0, 1).movedim(0, 2).numpy()
 
 
-def plot_images(rows, file):
-    """A row of pictures for each of {title: images [n, C, *S]}, all of one shape."""
-    strips = []
-    for images in rows.values():
-        framed = [np.pad(picture(x), [(1, 1), (1, 1), (0, 0)], constant_values=1) for x in images]
-        strips.append(np.concatenate(framed, axis=1))
-    mosaic = np.concatenate(strips)                      # one picture: an axis for each takes seconds
-    height = len(mosaic) / len(rows)
-    width = mosaic.shape[1] / height
-    figure = Figure(figsize=(2 + width, 0.5 + len(rows)), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(mosaic)
-    axis.set_xticks([])
-    axis.set_yticks(height * (np.arange(len(rows)) + 0.5), [*rows])
-    axis.tick_params(length=0)
-    axis.set_frame_on(False)
+def shortened(name, most=16):
+    """The end of a file's name, which tells more than its folders."""
+    name = str(name).encode(errors="replace").decode()
+    return name if len(name) <= most else "\N{HORIZONTAL ELLIPSIS}" + name[1 - most:]
+
+
+def plot_images(rows, file, words=None):
+    """A row of pictures for each of {title: images [n, C, *S]}, all of one shape; words: {title: a line
+    below each of its pictures}."""
+    words = words or {}
+    count = max(len(images) for images in rows.values())
+    figure = Figure(figsize=(2 + 1.3 * count, 0.3 + sum(1.3 + 0.25 * (name in words) for name in rows)))
+    figure.subplots_adjust(0, 0, 1, 1)
+    width, height = figure.get_size_inches()
+    axis = figure.add_axes([0, 0, 1, 1])                 # one for all: an axis for each takes seconds
+    axis.set(xlim=(0, width), ylim=(0, height))
+    axis.set_axis_off()
+    top = height - 0.15
+    for name, images in rows.items():
+        axis.text(1.4, top - 0.6, name, ha="right", va="center", fontsize=11)
+        for k, x in enumerate(images):
+            shown = picture(x)
+            tall, wide = [1.2 * side / max(shown.shape[:2]) for side in shown.shape[:2]]
+            left, low = 1.6 + 1.3 * k + (1.2 - wide) / 2, top - 0.6 - tall / 2
+            axis.imshow(shown, extent=(left, left + wide, low, low + tall))
+            axis.add_patch(Rectangle((left, low), wide, tall, fill=False, edgecolor="gray", linewidth=0.8))
+        for k, line in enumerate(words.get(name, [])):
+            axis.text(2.2 + 1.3 * k, top - 1.3, line, ha="center", va="center", fontsize=8, parse_math=False)
+        top -= 1.3 + 0.25 * (name in words)
+    axis.set(xlim=(0, width), ylim=(0, height), aspect="auto")       # imshow has changed them
     save_figure(figure, file)
 
 
@@ -145,10 +187,9 @@ def plot_views(data, folder):
     view1, view2 = two_views(x, generator, data.view)
     rows_of = {"image": x, "view 1": view1, "view 2": view2}
     if data.whole:
-        whole = data.whole(rows)
-        whole = whole / 255 if whole.dtype == torch.uint8 else whole
-        rows_of = {"whole file": whole} | rows_of
-    plot_images(rows_of, folder / "views.png")
+        rows_of = {"whole file": data.whole(rows)} | rows_of
+    files, _ = names_of(data)
+    plot_images(rows_of, folder / "views.png", {"image": map(shortened, files[rows])})
 
 
 def plot_neighbours(data, h, h_test, folder):
@@ -163,12 +204,21 @@ def plot_neighbours(data, h, h_test, folder):
     rows = rows[:8]
     unit = F.normalize(h)
     cosines = F.normalize(h_test[rows]) @ unit.T         # [8, n]
-    nearest = cosines.topk(min(5, len(h))).indices
+    nearest = cosines.topk(min(5, len(h)))
 
     shown = {"test image": pixels(data.test_images, rows)}
-    for number, column in enumerate(nearest.T, 1):
+    files, test_files = names_of(data)
+
+    def labelled(name, labels, row):
+        return shortened(name) if labels is None else f"{shortened(name, 11)}: {data.classes[labels[row]]}"
+
+    words = {"test image": [labelled(test_files[row], data.test_labels, row) for row in rows.tolist()]}
+    for number, column in enumerate(nearest.indices.T, 1):
         shown[f"nearest {number}"] = pixels(data.images, column)
-    plot_images(shown, folder / "neighbours.png")
+        words[f"nearest {number}"] = [
+            f"{value:.3f}  {labelled(files[row], data.labels, row)}"
+            for value, row in zip(nearest.values[:, number - 1].tolist(), column.tolist())]
+    plot_images(shown, folder / "neighbours.png", words)
 
 
 def plot_embedding(data, h_test, folder):
@@ -180,7 +230,7 @@ def plot_embedding(data, h_test, folder):
     if shown.std(0).max() > 1e-6 * shown.abs().max():    # TSNE crashes on one point
         tsne = TSNE(perplexity=perplexity, random_state=0)
         places = tsne.fit_transform(shown)               # [n, 2]
-    figure = Figure(figsize=(6, 5.2))
+    figure = Figure(figsize=(10, 8), layout="constrained")
     axis = figure.subplots()
 
     if data.labels is None:
@@ -191,8 +241,20 @@ def plot_embedding(data, h_test, folder):
             image = OffsetImage(picture(x), zoom=zoom)
             axis.add_artist(AnnotationBbox(image, place, frameon=False))
     else:
-        classes = data.test_labels[rows].numpy()
-        points = axis.scatter(*places.T, s=6, c=classes, cmap="tab10")
-        figure.colorbar(points, label="class")
+        count = len(data.classes)
+        if count <= 10:
+            colours = colormaps["tab10"].colors[:count]
+        elif count <= 20:
+            colours = colormaps["tab20"].colors[:count]
+        else:
+            colours = colormaps["gist_rainbow"](np.linspace(0, 1, count))
+        labels = data.test_labels[rows].numpy()
+        for k in range(count):
+            own = labels == k
+            if own.any() or count <= 40:
+                axis.scatter(*places[own].T, s=14, color=[colours[k]], marker="os^D"[k // 20 % 4],
+                             label=shortened(data.classes[k], 24).replace("$", r"\$"))
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, ncols=-(-count // 30),
+                    fontsize=11 if count <= 20 else 8)
     axis.set(xticks=[], yticks=[], title="t-SNE of the encoder's test features")
     save_figure(figure, folder / "embedding.png")

@@ -18,8 +18,10 @@ from sklearn.preprocessing import StandardScaler
 
 from .. import __version__, collapse_panel, few_label_accuracy, knn_accuracy, verdict
 from .files import atomic_write, atomic_write_text
-from .images import encode, limited, sample_rows
+from .images import encode, limited, names_of, sample_rows
+from .page import page_of_run
 from .pictures import plot_curves, plot_embedding, plot_neighbours, plot_views
+from .prepare import prepare_arrays
 from .processes import rank
 from .views import two_views
 
@@ -93,7 +95,8 @@ def examine(model, data):
 def begin(model, data, folder):
     """What every run starts with: a line on what is trained on what, views.png, how the network begins.
 
-    -> {"probe": accuracies of h, "panel": of z} before training; untrained.json, which a resumed run reads.
+    -> {"probes": {row: accuracies of h}, "panel": of z} before training; untrained.json, which a resumed run
+    reads.
     """
     channels, *sides = data.images.shape[1:]
     canvas = " x ".join(map(str, sides))
@@ -115,37 +118,56 @@ def begin(model, data, folder):
         found = examine(model, data)
         if rank():
             return None                                              # process 0 alone reports
-        untrained = {"probe": found.probe, "panel": found.panels["projector z"]}
+        origin = getattr(model.encoder, "origin", "random encoder")
+        probes = {origin: found.probe}
+        if origin != "random encoder":
+            probes = {"random encoder": probe_of_random_encoder(model.encoder, data), **probes}
+        untrained = {"probes": probes, "panel": found.panels["projector z"]}
         atomic_write_text(path, json.dumps(untrained, indent=1))
     return json.loads(path.read_text())
+
+
+def probe_of_random_encoder(encoder, data):
+    """Of one that is like this one, which has learned already."""
+    device = next(encoder.parameters()).device
+    with torch.random.fork_rng():                                    # the run's own numbers stay as they are
+        torch.manual_seed(0)
+        random = type(encoder)(**encoder.config).to(device)
+    data = limited(data)
+    h, h_test = [encode(random, x, device=device).cpu() for x in (data.images, data.test_images)]
+    return probe(data, h, h_test)
 
 
 def print_table(rows):
     """{row: {column: number}}, a column as wide as its name."""
     columns, *_ = rows.values()
-    print(f"\n{'':18}", *(f"{name:>8}" for name in columns))
+    width = max(18, *map(len, rows))
+    print(f"\n{'':{width}}", *(f"{name:>8}" for name in columns))
     for name, row in rows.items():
-        print(f"{name:18}", *(f"{row[column]:{max(8, len(column))}.4g}" for column in columns))
+        print(f"{name:{width}}", *(f"{row[column]:{max(8, len(column))}.4g}" for column in columns))
 
 
 def save_encoder(encoder, data, folder):
-    """encoder.pt: Encoder(**config) makes it anew and takes the state_dict; numbers: what files' became."""
-    saved = {"version": __version__, "config": getattr(encoder, "config", {}), "numbers": data.numbers}
+    """encoder.pt: what load_encoder() of prepare.py needs; numbers: what those in the files became."""
+    prepare = data.prepare or prepare_arrays("float32", data.images.shape[1:])
+    saved = {"version": __version__, "config": getattr(encoder, "config", {}), "prepare": prepare.state(),
+             "numbers": data.numbers, "state_dict": encoder.state_dict()}
     with atomic_write(folder / "encoder.pt") as file:
-        torch.save(saved | {"state_dict": encoder.state_dict()}, file)
+        torch.save(saved, file)
 
 
 def save_features(encoder, data, found, folder):
-    """features.npz: h of all training and test images [N, E], labels and classes where there are any."""
+    """features.npz: h of all training and test images [N, E], which files they are, labels if there are."""
     h, h_test = found.h, found.h_test
     if limited(data) is not data:                                    # examine() saw a part
         device = next(encoder.parameters()).device
         h, h_test = [encode(encoder, x, device=device).cpu() for x in (data.images, data.test_images)]
-    labels = {}
+    files, test_files = names_of(data)
+    more = {"train_files": files, "test_files": test_files}
     if data.labels is not None:
-        labels = {"train_labels": data.labels, "test_labels": data.test_labels, "classes": data.classes}
+        more |= {"train_labels": data.labels, "test_labels": data.test_labels, "classes": data.classes}
     with atomic_write(folder / "features.npz") as file:
-        np.savez(file, train_features=h, test_features=h_test, **labels)
+        np.savez(file, train_features=h, test_features=h_test, **more)
 
 
 def report(model, data, untrained, history, folder, **more_probes):
@@ -156,7 +178,7 @@ def report(model, data, untrained, history, folder, **more_probes):
     probed = limited(data)
     pixel_rows = [encode(small_pixels, images) for images in (probed.images, probed.test_images)]
     probes = {"raw pixels": probe(probed, *pixel_rows)}
-    probes.update({"random encoder": untrained["probe"], "trained encoder": trained.probe, **more_probes})
+    probes.update({**untrained["probes"], "trained encoder": trained.probe, **more_probes})
     panels = {"untrained z": untrained["panel"], **trained.panels}
     sentence = verdict(panels["projector z"], panels["untrained z"])
     findings = {"probes": probes, "panels": panels, "verdict": sentence}
@@ -171,4 +193,5 @@ def report(model, data, untrained, history, folder, **more_probes):
     plot_neighbours(probed, trained.h, trained.h_test, folder)
     plot_embedding(probed, trained.h_test, folder)
     save_features(model.encoder, data, trained, folder)
+    page_of_run(probed, trained, findings, folder)
     print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")

@@ -6,7 +6,6 @@ What cannot be read raises ValueError with one line that says what to do; what i
 printed. Needs numpy, scikit-learn and Pillow beside torch, tifffile for TIFF; nibabel and datasets if met.
 """
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from . import arrays, folders
-from .decode import Kind, Settings, decode, decode_all, for_each, picture_of
-from .images import Data, Images, choose, in_words, sample_rows, to_unit
+from .decode import Kind, Settings, decode_all, picture_of
+from .images import Data, choose, in_words, sample_rows, to_unit
+from .prepare import Prepare, prepare_arrays
 from .sources import IDX, IMAGES, TIFFS, ending, problem
 
 
@@ -209,21 +209,40 @@ def read_folder(path, settings, channels_last, wanted_range, labels, strict):
         if side and side[0].label is not None:
             result[f"{split}_labels"] = np.array([file.label for file in side])
 
+    prepare = Prepare(settings, target, raw.channels, images.low, images.high,
+                      "last" if target["photo"] else "first")
+    padded = Prepare(settings._replace(fit="pad"), target, raw.channels, images.low, images.high)
+
     def whole(rows):
         """Training images [n, C, size, size] with nothing cut off, decoded anew."""
-        padded = settings._replace(fit="pad")
-        own = [(sides[0][row].path, sides[0][row].kind) for row in rows]
-        found = for_each(partial(decode, settings=padded, target=target), own, "decoding")
-        blank = np.zeros(target["shape"], target["dtype"])           # of a file that is not there any more
-        shown = [blank if isinstance(result, Exception) else result[0] for result in found]
-        again = arrays.Raw(np.stack(shown), raw.channels)
-        return Images(again, images.low, images.high)[:]
+        def again(row):
+            try:
+                return padded.array(sides[0][row].path)
+            except Exception:                                        # it is not there any more
+                return np.zeros(target["shape"], target["dtype"])
+        return padded.scale(np.stack([again(row) for row in rows]))
 
     fitted = settings.fit != "pad" and not target["volumes"]
     names = [[file.name for file in side] for side in sides]
     more = {"files": names[0], "test_files": names[1], "skipped": skipped, "whole": whole if fitted else None,
-            "numbers": {"ranges": scaled} if scaled else numbers}
+            "prepare": prepare, "numbers": {"ranges": scaled} if scaled else numbers}
     return result, more
+
+
+def read_arrays(name, settings, channels_last):
+    """What arrays.py's readers give, of a file or folder that holds arrays; None of a folder of files."""
+    path = Path(name)
+    if name.startswith("hf:"):
+        return arrays.read_hugging_face(name, lambda image: picture_of(image, settings))
+    if IDX.match(path.name) or (path.is_dir() and arrays.idx_files(path)):
+        return arrays.read_idx_set(path)
+    if path.is_file() and ending(path) in TIFFS:
+        return arrays.read_tiff_stack(path)
+    if path.is_file() and ending(path) == ".npy":
+        return arrays.read_npy(path, channels_last)
+    if path.is_dir() and not (path / "train_images.npy").exists():
+        return None
+    return arrays.read_npz(path, channels_last)
 
 
 # ---- Public ------------------------------------------------------------------------------------------------
@@ -247,28 +266,23 @@ def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", va
         raise ValueError(wrong)
     path = Path(name)
     settings = Settings(size, fit, pages)
-    more = {}
-    if name.startswith("hf:"):
-        found = arrays.read_hugging_face(name, lambda image: picture_of(image, settings))
-    elif IDX.match(path.name) or (path.is_dir() and arrays.idx_files(path)):
-        found = arrays.read_idx_set(path)
-    elif path.is_file() and ending(path) in TIFFS:
-        found = arrays.read_tiff_stack(path)
-    elif path.is_file() and ending(path) == ".npy":
-        found = arrays.read_npy(path, channels_last)
-    elif path.is_dir() and not (path / "train_images.npy").exists():
-        found, more = read_folder(path, settings, channels_last, value_range, labels, strict)
-    else:
-        found = arrays.read_npz(path, channels_last)
-    if not more:
-        found, more["numbers"] = to_unit(name, found, value_range)
+    found = read_arrays(name, settings, channels_last)
+    if found:
+        channels_last = found["train_images"].channels == "last"
+        found, numbers = to_unit(name, found, value_range)
+        shape = found["train_images"].shape[1:]
+        prepare = prepare_arrays(numbers["dtype"], shape, channels_last, numbers["low"], numbers["high"])
+        more = {"numbers": numbers, "prepare": prepare}
         unused = {"--fit": fit != "crop" and not name.startswith("hf:"), "--pages": pages != "auto",
                   "--labels": labels != "auto", "--strict": strict}
         if any(unused.values()):
             given = ", ".join(option for option, is_given in unused.items() if is_given)
             print(f"note: {given} is for folders of image files, and does nothing here")
+    else:
+        found, more = read_folder(path, settings, channels_last, value_range, labels, strict)
     print(in_words(more["numbers"]))
     x, y, x_test, y_test = [found.get(key) for key in arrays.KEYS]
+    by_folder = "files" in more
     if y is not None:
         y = class_of_each(f"{name}: train_labels", y, len(x))
     if y_test is not None and x_test is not None:
@@ -279,9 +293,10 @@ def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", va
             raise ValueError(f"{name} holds {len(x)} images: 5 at least are needed")
         train, test = train_test_split(range(len(x)), test_size=0.2, random_state=0)
         x, x_test = choose(x, train), choose(x, test)
+        more |= {"files": train, "test_files": test}
         if y is not None:
             y, y_test = y[train], y[test]
-    if y is None and "files" in more:                                # read_folder has said why
+    if y is None and by_folder:                                      # read_folder has said why
         y_test, classes = None, ()
     else:
         y, y_test, classes = number_classes(name, y, y_test)

@@ -44,6 +44,9 @@ class Run:
         self.step_size = args.batch * args.accumulate
         self.steps_per_epoch = self.count // self.step_size          # the rest is dropped
         self.total = args.epochs * self.steps_per_epoch
+        self.cycles = [*state["cycles"]] if state else []            # epochs at which a schedule ends
+        if args.epochs not in self.cycles:
+            self.cycles.append(args.epochs)
         self.history = []
         self.begin_epoch()
 
@@ -55,6 +58,18 @@ class Run:
 
     def steps_done(self):
         return len(self.history) * self.steps_per_epoch + self.done
+
+    def rate(self, learning_rate):
+        """learning_rate(step, steps, batch) as a function of the step alone. Epochs added to a run that had
+        ended, by --resume RUN --epochs N, are a schedule of their own: it rises and falls once more."""
+        def factor(step):
+            begin = 0
+            for epochs in self.cycles:
+                end = epochs * self.steps_per_epoch
+                if step < end or epochs == self.cycles[-1]:
+                    return learning_rate(step - begin, end - begin, self.step_size)
+                begin = end
+        return factor
 
     # ---- What a training loop asks for ---------------------------------------------------------------------
     def start(self, model, optimizer, schedule):
@@ -113,9 +128,10 @@ class Run:
 
     @property
     def progress(self):
-        """Part of the run's batches up to and with the present one: above 0, to 1. Read it before log()."""
+        """Part of the run's batches up to and with the present one: above 0, to 1, where it stays in epochs
+        that were added after the run's end. Read it before log()."""
         per_epoch = self.steps_per_epoch * self.args.accumulate
-        return (len(self.history) * per_epoch + self.batches + 1) / (self.args.epochs * per_epoch)
+        return min(1, (len(self.history) * per_epoch + self.batches + 1) / (self.cycles[0] * per_epoch))
 
     def log(self, numbers):
         """A batch's {name: number}, "loss" among them, scalar tensors or not; history has their means."""
@@ -152,8 +168,8 @@ class Run:
             die(f"loss or weights are not finite after epoch {len(self.history)}: start anew, with a lower "
                 "--lr")
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state.update(config=vars(self.args), history=self.history, order=self.order, done=self.done,
-                     sums=self.sums, torch_rng=torch.get_rng_state(),
+        state.update(config=vars(self.args), cycles=self.cycles, history=self.history, order=self.order,
+                     done=self.done, sums=self.sums, torch_rng=torch.get_rng_state(),
                      generators=all_gather_object(self.generator.get_state()))
         if rank() == 0:
             with atomic_write(self.folder / "last.pt") as file:
@@ -174,7 +190,11 @@ class Run:
             self.history, self.order, self.done, self.sums = [
                 state[name] for name in ("history", "order", "done", "sums")]
             self.batches = self.done * self.args.accumulate
-            steps = self.parts["schedule"].last_epoch
+            schedule = self.parts["schedule"]
+            if self.cycles != state["cycles"]:                       # longer: not the rate of its end
+                schedule.last_epoch -= 1
+                schedule.step()
+            steps = schedule.last_epoch
             if steps != self.steps_done():
                 raise ValueError(f"steps {self.steps_done()} and {steps}")
         except Exception as error:                                   # parts missing, of other shapes

@@ -1,0 +1,297 @@
+"""browse.html: images by what an encoder makes of them, in one file that needs neither server nor network.
+
+    write_page(path, "stamps", load, h, names)       # load(rows) -> those images, float [n, C, *S] in [0, 1]
+
+The most alike pairs come first, then groups by k-means, then what is farthest from all; a click shows an
+image's nearest five with their cosines. Needs scikit-learn and Pillow beside torch.
+"""
+import base64
+import html
+import json
+import re
+import warnings
+from io import BytesIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.cluster import KMeans
+
+from .. import bank_topk
+from .files import atomic_write_text
+from .images import fixed_order, names_of, pixels
+from .pictures import picture
+
+SIDE = 64                                                # of a thumbnail, pixels
+COLUMNS = 40                                             # of the sheet that holds them all
+MOST = 2000                                              # thumbnails
+PAIRS, ODD = 40, 24
+
+
+# ---- What is near what -------------------------------------------------------------------------------------
+def nearest(h, k=5):
+    """The k nearest other rows of each of h [N, E] by cosine, the nearest first: cosines, rows [N, k]."""
+    unit = F.normalize(h.float())
+    k = min(k, len(h) - 1)
+    cosines, rows = [], []
+    for part in torch.arange(len(h)).split(512):
+        values, found = bank_topk(unit[part], unit, k + 1)
+        own = found == part[:, None]
+        own[~own.any(1), k] = True                       # among equal ones it may not be found
+        cosines.append(values[~own].view(-1, k))
+        rows.append(found[~own].view(-1, k))
+    return torch.cat(cosines).clamp(-1, 1), torch.cat(rows)
+
+
+def alike_pairs(cosines, rows):
+    """[(cosine, row, row)] of what nearest() gives, each pair once, the most alike first."""
+    best = {}
+    for row, (values, others) in enumerate(zip(cosines.tolist(), rows.tolist())):
+        for value, other in zip(values, others):
+            best[min(row, other), max(row, other)] = value
+    pairs = [(value, *pair) for pair, value in best.items()]
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:PAIRS]
+
+
+def odd_rows(cosines):
+    """Rows whose nearest others are the farthest away, the oddest first."""
+    return cosines.mean(1).argsort(stable=True)[:ODD].tolist()
+
+
+def groups(h):
+    """k-means on unit features [n, E]: lists of rows, the largest group first, in each the most central."""
+    unit = F.normalize(h.float()).numpy()
+    count = max(1, min(20, round((len(h) / 10) ** 0.5)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # fewer distinct points than groups
+        found = KMeans(count, n_init=2, random_state=0).fit(unit)
+    away = np.linalg.norm(unit - found.cluster_centers_[found.labels_], axis=1)
+    members = [np.flatnonzero(found.labels_ == group) for group in range(count)]
+    members = [rows[away[rows].argsort(kind="stable")].tolist() for rows in members if len(rows)]
+    return sorted(members, key=lambda rows: (-len(rows), rows))
+
+
+def shown_rows(h):
+    """Rows that the page shows, in order: all, or the most alike, the odd ones and others at random."""
+    if len(h) <= MOST:
+        return torch.arange(len(h))
+    cosines, rows = nearest(h)
+    first = [row for _, *pair in alike_pairs(cosines, rows) for row in pair] + odd_rows(cosines)
+    chosen = [*dict.fromkeys(first + fixed_order(len(h)).tolist())][:MOST]
+    return torch.tensor(chosen).sort().values
+
+
+# ---- Thumbnails --------------------------------------------------------------------------------------------
+def thumbnail(x):
+    """[C, *S] in [0, 1] -> a Pillow image of SIDE x SIDE, within a border if it is not square."""
+    image = Image.fromarray((picture(x) * 255).round().astype(np.uint8))
+    scale = SIDE / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+    framed = Image.new("RGB", (SIDE, SIDE), "gray")
+    framed.paste(image, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    return framed
+
+
+def sheet(load, rows):
+    """All thumbnails on one sheet, row by row: (address that holds it, how many rows)."""
+    lines = -(-len(rows) // COLUMNS)
+    whole = Image.new("RGB", (SIDE * COLUMNS, SIDE * lines), "gray")
+    for part in torch.arange(len(rows)).split(256):
+        for place, x in zip(part.tolist(), load(rows[part])):
+            whole.paste(thumbnail(x), (SIDE * (place % COLUMNS), SIDE * (place // COLUMNS)))
+    file = BytesIO()
+    whole.save(file, "jpeg", quality=80)
+    return address("jpeg", file.getvalue()), lines
+
+
+def address(kind, data):
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# ---- The page ----------------------------------------------------------------------------------------------
+def table(rows):
+    """{row: {column: number}} as HTML."""
+    columns, *_ = rows.values()
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    lines = [f"<tr><th></th>{head}</tr>"]
+    for name, row in rows.items():
+        cells = "".join(f"<td>{row[column]:.4g}</td>" for column in columns)
+        lines.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
+    return f"<div class='wide'><table>{''.join(lines)}</table></div>"
+
+
+def write_page(path, title, load, h, names, classes=None, parts=None, lead="", tables=(), pictures=()):
+    """Writes the page of images whose features are h [N, E], N >= 2, on the CPU.
+
+    names, classes, parts   of each image: its file or number, and, if there are any, its class and its split
+    lead, tables, pictures  a sentence, {row: {column: number}} each, and PNG files, shown above the images
+    """
+    rows = shown_rows(h)
+    own = h[rows]
+    cosines, near = nearest(own)
+    place, lines = sheet(load, rows)
+    pairs = [[row, other, value] for value, row, other in alike_pairs(cosines, near)]
+    data = {
+        "names": [str(names[row]) for row in rows],
+        "classes": [str(classes[row]) for row in rows] if classes is not None else None,
+        "parts": [parts[row] for row in rows] if parts is not None else None,
+        "near": near.tolist(), "cosines": [[round(value, 4) for value in line] for line in cosines.tolist()],
+        "pairs": pairs, "groups": groups(own), "odd": odd_rows(cosines),
+        "side": SIDE, "columns": COLUMNS, "lines": lines}
+    # Names come from files: in a script "<" could end it, and strange letters are escaped by json.
+    text = json.dumps(data).replace("<", "\\u003c")
+    count = f"{len(h):,} images" if len(rows) == len(h) else \
+        f"{len(rows):,} of {len(h):,} images: the most alike, the odd ones and others at random"
+    figures = "".join(f"<figure><img alt='{file.stem}' src='{address('png', file.read_bytes())}'></figure>"
+                      for file in pictures)
+    values = {"TITLE": html.escape(str(title)), "LEAD": html.escape(lead), "COUNT": count,
+              "TABLES": "".join(map(table, tables)), "FIGURES": figures, "SHEET": place, "DATA": text}
+    page = re.sub("@([A-Z]+)@", lambda found: values[found[1]], PAGE)
+    atomic_write_text(path, page)
+
+
+def page_of_run(data, found, findings, folder):
+    """browse.html of a run: data limited(), found as examine() gives it, findings as in report.json."""
+    files, test_files = names_of(data)
+    count = len(files)
+
+    def load(rows):
+        first, second = rows[rows < count], rows[rows >= count] - count
+        x = [pixels(images, own) for images, own in ((data.images, first), (data.test_images, second))]
+        return torch.cat(x)                              # rows are in order
+
+    classes = None
+    if data.labels is not None:
+        classes = np.array(data.classes)[torch.cat([data.labels, data.test_labels])]
+    parts = ["train"] * count + ["test"] * len(test_files)
+    tables = [findings["panels"]]
+    if data.labels is not None:
+        tables.insert(0, findings["probes"])
+    write_page(folder / "browse.html", folder, load, torch.cat([found.h, found.h_test]),
+               [*files, *test_files], classes, parts, findings["verdict"], tables, [folder / "curves.png"])
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>@TITLE@</title>
+<style>
+:root { color-scheme: light dark; --line: #8885; --faint: #666; --mark: #b45309 }
+@media (prefers-color-scheme: dark) { :root { --faint: #999; --mark: #f59e0b } }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0; display: grid; grid-template-columns: 1fr 300px }
+main { padding: 1.2rem 1.6rem; min-width: 0 }
+h1 { font-size: 1.3rem; margin: 0 } h2 { font-size: 1.05rem; margin: 1.8rem 0 .2rem }
+p { margin: .3rem 0; max-width: 60rem } .faint { color: var(--faint); font-size: .85rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; margin: .8rem 0 }
+th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid var(--line); font-weight: normal }
+th:first-child { text-align: left } td { font-variant-numeric: tabular-nums }
+figure { margin: .8rem 0 } figure img { max-width: 100%; background: white; border-radius: 4px }
+.images { display: flex; flex-wrap: wrap; gap: 3px; margin: .5rem 0 }
+.image { width: 64px; height: 64px; border: 0; padding: 0; border-radius: 3px; cursor: pointer; flex: none;
+ background-image: url('@SHEET@'); background-size: var(--width) var(--height) }
+.image:focus-visible, .image.chosen { outline: 3px solid var(--mark); outline-offset: -1px }
+.pairs { gap: .8rem } .pair { font-size: .8rem; text-align: center } .pair div { display: flex; gap: 2px }
+aside { position: sticky; top: 0; height: 100vh; overflow: auto; box-sizing: border-box; padding: 1.2rem;
+ border-left: 1px solid var(--line) }
+aside .image { width: 192px; height: 192px; cursor: default; background-size: calc(3 * var(--width))
+ calc(3 * var(--height)) }
+aside li { display: flex; gap: .6rem; margin: .4rem 0; align-items: center }
+aside ol { list-style: none; padding: 0 } aside li .image { width: 64px; height: 64px; cursor: pointer;
+ background-size: var(--width) var(--height) }
+.name { overflow-wrap: anywhere; font-size: .85rem } .other { color: var(--mark) }
+@media (max-width: 800px) { body { display: block } aside { position: static; height: auto; border: 0 } }
+</style>
+<main>
+<h1>@TITLE@</h1>
+<p>@LEAD@</p>
+<p class="faint">@COUNT@. Click one to see the five whose features have the largest cosine with its own.</p>
+@TABLES@
+@FIGURES@
+<noscript><p>A script in this file puts the images in place; this browser does not run it.</p></noscript>
+</main>
+<aside id="chosen"><p class="faint">Click an image.</p></aside>
+<script id="data" type="application/json">@DATA@</script>
+<script>
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const main = document.querySelector("main"), aside = document.getElementById("chosen");
+const root = document.documentElement.style;
+root.setProperty("--width", data.side * data.columns + "px");
+root.setProperty("--height", data.side * data.lines + "px");
+
+// Names are set as text, never as HTML.
+function add(parent, tag, text, kind) {
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;
+  if (kind) element.className = kind;
+  return parent.appendChild(element);
+}
+function about(row) {
+  return [data.classes && data.classes[row], data.parts && data.parts[row]].filter(Boolean).join(" · ");
+}
+function image(parent, row, times = 1) {
+  const element = add(parent, "button", undefined, "image");
+  const x = data.side * (row % data.columns), y = data.side * Math.floor(row / data.columns);
+  element.style.backgroundPosition = -times * x + "px " + -times * y + "px";
+  element.title = data.names[row];
+  element.setAttribute("aria-label", data.names[row]);
+  element.dataset.row = row;
+  element.onclick = () => choose(row);
+  return element;
+}
+function choose(row) {
+  for (const one of document.querySelectorAll(".chosen")) one.classList.remove("chosen");
+  for (const one of main.querySelectorAll(`[data-row="${row}"]`)) one.classList.add("chosen");
+  aside.replaceChildren();
+  image(aside, row, 3);
+  add(aside, "p", data.names[row], "name");
+  add(aside, "p", about(row), "faint");
+  add(aside, "p", "nearest, with cosines", "faint");
+  const list = add(aside, "ol");
+  data.near[row].forEach((other, k) => {
+    const line = add(list, "li");
+    image(line, other);
+    const words = add(line, "div");
+    add(words, "div", data.cosines[row][k].toFixed(4));
+    add(words, "div", data.names[other], "name");
+    const differs = data.classes && data.classes[other] !== data.classes[row];
+    add(words, "div", about(other), differs ? "other faint" : "faint");
+  });
+  history.replaceState(null, "", "#" + row);
+}
+function section(title, words) {
+  add(main, "h2", title);
+  add(main, "p", words, "faint");
+  return add(main, "div", undefined, "images");
+}
+const pairs = section("Most alike", "Pairs with the largest cosines: (near-)duplicates, if there are any.");
+pairs.classList.add("pairs");
+for (const [one, other, cosine] of data.pairs) {
+  const pair = add(pairs, "div", undefined, "pair");
+  const both = add(pair, "div");
+  image(both, one);
+  image(both, other);
+  add(pair, "span", cosine.toFixed(4));
+}
+data.groups.forEach((rows, k) => {
+  let words = `${rows.length} images, the most central first`;
+  if (data.classes) {
+    const counts = {};
+    for (const row of rows) counts[data.classes[row]] = (counts[data.classes[row]] || 0) + 1;
+    const most = Object.entries(counts).sort((a, b) => b[1] - a[1]).slice(0, 3);
+    const share = (count) => Math.round(100 * count / rows.length);
+    words += "; " + most.map(([name, count]) => `${name} ${share(count)} %`).join(", ");
+  }
+  const images = section(`Group ${k + 1}`, words);
+  for (const row of rows) image(images, row);
+});
+const odd = section("Farthest from all", "Their nearest others are the least alike, the oddest first.");
+for (const row of data.odd) image(odd, row);
+choose(+location.hash.slice(1) in data.names ? +location.hash.slice(1) : 0);
+</script>
+"""

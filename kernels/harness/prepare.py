@@ -1,0 +1,172 @@
+"""From a file or an array to what an encoder takes, as its training did: size, fit, channels, range.
+
+    encoder, prepare = load_encoder("runs/vicreg-1")
+    h = encoder(prepare("new.png"))              # [1, 8 x width]; a list of files gives a row for each
+
+Needs numpy and Pillow beside torch, tifffile for TIFF.
+"""
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import decode
+from .arrays import Raw
+from .decode import Kind, Settings
+from .encoder import Encoder
+from .files import load_checkpoint
+from .images import Images, pixels
+
+
+class Prepare:
+    """prepare(thing) -> float32 [1, C, *S], of a list of n things [n, C, *S].
+
+    A thing is a file; an image that Pillow has open; or an array, of one image [H, W] or volume [D, H, W],
+    with channels where training's had them: [H, W, C] for photographs. ValueError, or what Pillow or tifffile
+    raise, for what it cannot be; of other numbers than training's it cannot be.
+
+    settings, target    how a file becomes an array, of decode.py, which decoded the training images by them
+    layout              where that array has its channels: first, last, or None; given: where arrays do
+    low, high           the numbers in it that become 0 and 1; None: they stay as they are
+    taken_as            counts {what, in words: things that were changed for it}, as colour taken as gray
+    seen, outside       numbers that were scaled, and those of them that lay outside low to high, and were cut
+    """
+
+    def __init__(self, settings, target, layout, low, high, given="first"):
+        self.settings = Settings(*settings)
+        self.target = target
+        self.layout = layout
+        self.low = low
+        self.high = high
+        self.given = given
+        self.taken_as = Counter()
+        self.seen = self.outside = 0
+
+    def state(self):
+        """What makes it again: Prepare(**state), of numbers, words and lists alone."""
+        return {"settings": [*self.settings], "target": self.target, "layout": self.layout,
+                "low": self.low, "high": self.high, "given": self.given}
+
+    def __call__(self, things):
+        things = things if isinstance(things, (list, tuple)) else [things]
+        return self.scale(np.stack([self.array(thing) for thing in things]))
+
+    def scale(self, arrays):
+        """[n, ...] as array() gives them -> float32 [n, C, *S]."""
+        if self.low is None:
+            return torch.from_numpy(arrays)
+        images = Images(Raw(arrays, self.layout), self.low, self.high)
+        if not images.plain:
+            self.seen += arrays.size
+            self.outside += np.count_nonzero((arrays < self.low) | (arrays > self.high))
+        return pixels(images, images.rows)
+
+    def array(self, thing):
+        """One thing as training would have kept it, before its numbers become 0 to 1."""
+        if isinstance(thing, (str, os.PathLike)):
+            return self.from_file(Path(thing))
+        if isinstance(thing, Image.Image):
+            return self.from_image(thing)
+        return self.from_array(np.asarray(thing))
+
+    # ---- Files ---------------------------------------------------------------------------------------------
+    def from_file(self, file):
+        kind = decode.look(file, self.settings)
+        self.refuse_other_numbers(kind.dtype)
+        x, _ = decode.decode((file, kind), self.settings, self.target)
+        self.note(kind)
+        return self.to_unit(x, kind.dtype)
+
+    def refuse_other_numbers(self, dtype):
+        of, ranges = self.target["of"], self.target["ranges"]
+        if not (dtype in ranges if ranges else dtype == of or self.of_bytes(dtype)):
+            raise ValueError(f"it holds {dtype}, training's images {' and '.join(ranges or [of])}: what its "
+                             "numbers mean to the encoder is not known")
+
+    def of_bytes(self, dtype):
+        """Whether it is bytes for an encoder of floats 0 to 1: they are 255ths."""
+        unit = (self.low, self.high) in ((0, 1), (None, None))
+        return dtype == "uint8" and self.target["of"].startswith("float") and unit
+
+    def to_unit(self, x, dtype):
+        return x / x.dtype.type(255) if self.of_bytes(dtype) else x
+
+    def note(self, kind):
+        """Counts what was changed for it."""
+        if kind.photo and (kind.channels, self.target["channels"]) == (3, 1):
+            self.taken_as["colour, taken as gray"] += 1
+        elif (kind.channels, self.target["channels"]) == (1, 3):
+            self.taken_as["gray, taken as three equal channels"] += 1
+        if kind.left_out:
+            self.taken_as["more pages or frames than the first, which is taken"] += 1
+
+    # ---- Images and arrays ---------------------------------------------------------------------------------
+    def from_image(self, image):
+        kind = decode.kind_of_image(image)
+        if not kind.photo:
+            return self.from_array(np.asarray(image))
+        self.refuse_other_numbers(kind.dtype)
+        mode = "L" if self.target["channels"] == 1 else "RGB"
+        x = decode.photograph_of(image.copy(), self.settings, mode)
+        if not self.target["photo"]:
+            x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)
+        self.note(kind)
+        return self.to_unit(decode.finished(x, "uint8", self.target), "uint8")
+
+    def from_array(self, x):
+        axes = 3 if self.target["volumes"] else 2
+        if x.ndim not in (axes, axes + 1) or x.dtype.kind not in "biuf":
+            raise ValueError(f"it is {x.dtype} {[*x.shape]}, no image of {axes} axes, or of {axes + 1} with "
+                             "channels; several are given as a list")
+        floats = x.dtype.kind == "f" and self.target["of"].startswith("float")
+        dtype = self.target["of"] if floats else x.dtype.name        # float64 as float32
+        if dtype == "uint8" and self.target["photo"]:
+            flat = x.ndim == 3 and x.shape[2] == 1
+            return self.from_image(Image.fromarray(x[..., 0] if flat else x))
+        self.refuse_other_numbers(dtype)
+        if self.layout == "first":
+            x = x[None] if x.ndim == axes else x if self.given == "first" else np.moveaxis(x, -1, 0)
+            x = x if axes == 3 else decode.on_canvas(x, self.settings)
+        return self.to_unit(decode.finished(x, dtype, self.target), dtype)
+
+
+def prepare_arrays(dtype, shape, channels_last=False, low=None, high=None):
+    """Prepare for a set that came as one array of this dtype, of images [C, *S] of this shape."""
+    channels, *sides = shape
+    volume = len(sides) == 3
+    photo = dtype == "uint8" and channels in (1, 3) and not volume
+    size = sides[0] if len({*sides}) == 1 else None
+    settings = Settings(size)
+    kind = Kind(photo, dtype, channels, (*sides,) if volume else (), 0)
+    target = decode.aim([kind], settings, [])
+    if photo:
+        layout = "last" if channels == 3 else None
+        target["shape"] = [*sides] + [3] * (channels == 3)
+    else:
+        layout = "first"
+        target["shape"] = [*shape]
+    given = "last" if channels_last or photo else "first"
+    return Prepare(settings, target, layout, low, high, given)
+
+
+def load_encoder(run, encoder=None):
+    """(encoder, prepare) of a run's folder, or of an encoder.pt, on the CPU, in eval mode.
+
+    encoder: the network whose weights they are, if it is none of Encoder's. ValueError if there is no
+    encoder.pt that serves.
+    """
+    path = Path(run)
+    file = path / "encoder.pt" if path.is_dir() else path
+    try:
+        saved = load_checkpoint(file)
+        encoder = encoder or Encoder(**saved["config"])
+        encoder.load_state_dict(saved["state_dict"])
+        prepare = Prepare(**saved["prepare"])
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error}, it is an earlier version's: train anew, or --init from it")
+    except Exception as error:                                       # missing, cut short, another network's
+        raise ValueError(f"{file} does not serve ({' '.join(str(error).split())}): give a finished run")
+    return encoder.eval(), prepare

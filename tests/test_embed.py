@@ -1,0 +1,188 @@
+"""python -m kernels.embed as its user runs it: names, features, formats, what is like an image, what is refused."""
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from kernels.harness.prepare import load_encoder
+from scripts import ONE_THREAD, ROOT, SMALL, call
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def embed(folder, *arguments):
+    command = [sys.executable, "-m", "kernels.embed", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                          env={**ONE_THREAD, "PYTHONPATH": str(ROOT)})
+
+
+def image(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape or (20, 24)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with images, a run of them, and others: one broken, one a copy, one in colour."""
+    folder = tmp_path_factory.mktemp("embed")
+    for k in range(20):
+        file = folder / "set" / ("a" if k % 2 else "b") / f"{k:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image(k)).save(file)
+    assert call(folder, *SMALL.split(), "--data", "set", "--epochs", "1", "--out", "run") == 0
+    new = folder / "new" / "sub folder"
+    new.mkdir(parents=True)
+    for k in range(12):
+        Image.fromarray(image(100 + k)).save(new / f"{k:02}, \"x\".png")
+    Image.fromarray(image(5)).save(folder / "new" / "copy of 5.png")
+    Image.fromarray(image(9, 20, 24, 3)).save(folder / "new" / "colour.png")
+    (folder / "new" / "broken.png").write_bytes(b"none")
+    (folder / "new" / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedded(place):
+    done = embed(place, "run", "new", "--out", "f.npz", "--like", "set/a/05.png")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_features_with_names_as_prepare_and_encoder_give_them(place, embedded):
+    with np.load(place / "f.npz") as found:
+        assert {*found} == {"features", "files"}
+        features, files = found["features"], found["files"].tolist()
+    assert files == sorted(files) and len(files) == 14 and "sub folder/03, \"x\".png" in files
+    encoder, prepare = load_encoder(place / "run")
+    with torch.no_grad():
+        expected = encoder(prepare([place / "new" / file for file in files]))
+    assert features.dtype == np.float32
+    torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-5, atol=1e-6)
+    with np.load(place / "run" / "features.npz") as stored:          # the copy of a training image has its row
+        own = [*stored["train_files"], *stored["test_files"]].index("a/05.png")
+        row = np.concatenate([stored["train_features"], stored["test_features"]])[own]
+    assert np.allclose(features[files.index("copy of 5.png")], row, rtol=1e-5)
+
+
+def test_what_was_changed_or_left_out_is_said(place, embedded):
+    assert "embedded: 14 images of new, 32 features each; f.npz" in embedded
+    assert "note: 1 images were colour, taken as gray" in embedded
+    assert "note: 1 could not be read, listed in f.skipped.txt: broken.png: cannot identify image file" in embedded
+    assert (place / "f.skipped.txt").read_text() == "broken.png: cannot identify image file\n"
+
+
+def test_the_ten_nearest_the_copy_first(place, embedded):
+    lines = embedded[embedded.index("  cosine  file"):].splitlines()[1:]
+    assert len(lines) == 10 and lines[0] == "  1.0000  copy of 5.png"
+    cosines = [float(line.split()[0]) for line in lines]
+    assert cosines == sorted(cosines, reverse=True)
+    encoder, prepare = load_encoder(place / "run")
+    with np.load(place / "f.npz") as found, torch.no_grad():
+        unit = F.normalize(torch.from_numpy(found["features"]))
+        every = (unit @ F.normalize(encoder(prepare(place / "set/a/05.png"))).T).flatten()
+    assert np.allclose(cosines, every.sort(descending=True).values[:10], atol=6e-5)
+
+
+def test_a_page_beside_it(place, embedded):
+    text = (place / "f.html").read_text()
+    assert "Features of new by the encoder of run" in text and "copy of 5.png" in text
+
+
+def test_like_among_the_runs_own(place):
+    done = embed(place, "run", "--like", "new/copy of 5.png")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 11 and lines[1].split()[:2] == ["1.0000", "a/05.png"] and lines[1].endswith(("(train)", "(test)"))
+
+
+def test_npy_and_csv_and_one_file(place, embedded):
+    with np.load(place / "f.npz") as found:
+        features, files = found["features"], found["files"].tolist()
+    for out in ("g.npy", "g.csv"):
+        done = embed(place, "run/encoder.pt", "new", "--out", out, "--no-page", "--batch", 4)
+        assert done.returncode == 0, done.stderr
+    assert not (place / "g.html").exists()
+    assert np.allclose(np.load(place / "g.npy"), features, rtol=1e-5)
+    assert (place / "g.txt").read_text().splitlines() == files
+    header, *rows = csv.reader((place / "g.csv").open(newline=""))
+    assert header == ["file", *map(str, range(32))] and [row[0] for row in rows] == files
+    assert np.allclose(np.array([row[1:] for row in rows], float), features, rtol=1e-5)
+    done = embed(place, "run", "new/colour.png", "--out", "one.npz")
+    assert done.returncode == 0, done.stderr
+    with np.load(place / "one.npz") as found:
+        assert found["files"].tolist() == ["colour.png"] and found["features"].shape == (1, 32)
+
+
+def test_arrays_by_rows(place):
+    x = np.stack([image(k, 16, 16) for k in range(30)])
+    np.save(place / "x.npy", x)
+    np.savez(place / "x.npz", train_images=x[:20], test_images=x[20:])
+    encoder, prepare = load_encoder(place / "run")
+    with torch.no_grad():
+        expected = encoder(prepare([*x])).numpy()
+    for name, names in (("x.npy", [str(k) for k in range(30)]),
+                        ("x.npz", [f"train {k}" for k in range(20)] + [f"test {k}" for k in range(10)])):
+        done = embed(place, "run", name, "--out", "h.npz", "--no-page")
+        assert done.returncode == 0, done.stderr
+        with np.load(place / "h.npz") as found:
+            assert found["files"].tolist() == names
+            assert np.allclose(found["features"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "the following arguments are required: run"), (["run"], "give data and --out"),
+    (["run", "new"], "give data and --out"), (["run", "--out", "f.npz"], "give data and --out"),
+    (["run", "new", "--out", "f.txt"], "its ending must be .npz, .npy, .csv"),
+    (["run", "new", "--out", "no/f.npz"], "there is no folder no"), (["run", "new", "--out", "f.npz", "--batch", "0"], "--batch 0"),
+    (["set", "new", "--out", "f.npz"], "set/encoder.pt does not serve"),
+    (["run", "nowhere", "--out", "e.npz"], "nowhere is not there"), (["run", "empty", "--out", "e.npz"], "empty holds no files"),
+    (["run", "bad", "--out", "e.npz"], "2 of 4 cannot be embedded"), (["run", "deep", "--out", "e.npz"], "it holds uint16"),
+    (["run", "--like", "new/broken.png"], "--like new/broken.png cannot be read"),
+    (["run", "new", "--out", "e.npz", "--device", "cuda:99"], "cannot use --device cuda:99")])
+def test_mistakes_end_in_one_line_and_write_nothing(place, arguments, words):
+    for folder in ("empty", "bad", "deep"):
+        (place / folder).mkdir(exist_ok=True)
+    for k in range(4):
+        Image.fromarray(image(k)).save(place / "bad" / f"{k}.png")
+        Image.fromarray(image(k).astype(np.uint16) * 257).save(place / "deep" / f"{k}.png")
+    for k in range(2):
+        (place / "bad" / f"{k}.png").write_bytes(b"none")
+    before = {*place.iterdir()}
+    done = embed(place, *arguments)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr and {*place.iterdir()} == before
+
+
+MEMORY = """
+import resource, sys, numpy as np, torch
+from kernels.harness import embedding
+from kernels.harness.encoder import Encoder
+from kernels.harness.prepare import prepare_arrays
+count = int(sys.argv[1])
+torch.set_num_threads(2)
+prepare = prepare_arrays("uint8", (1, 8, 8), low=0, high=255)
+x = np.zeros((8, 8), np.uint8)
+names = [f"folder/{k:07}.png" for k in range(count)]
+encoder = Encoder(1, 2, width=4).eval()
+parts = embedding.embed(encoder, prepare, names, lambda row: x)
+embedding.write_features(Path("f.npz"), names, parts, 32)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_flat_in_the_number_of_images(tmp_path):
+    def peak(count):
+        done = subprocess.run([sys.executable, "-c", MEMORY, str(count)], cwd=tmp_path, capture_output=True, text=True,
+                              env={**ONE_THREAD, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        with np.load(tmp_path / "f.npz") as found:
+            assert len(found["features"]) == len(found["files"]) == count
+        return float(done.stdout)
+    few, many = peak(10_000), peak(100_000)
+    print(f"peak memory: 10,000 images {few:.0f} MB, 100,000 {many:.0f} MB")
+    assert many < few + 40                                           # MB: names are kept

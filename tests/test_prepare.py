@@ -1,0 +1,277 @@
+"""kernels/harness/prepare.py: the nearest stored row of a training file is its own, whatever the file is."""
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from kernels.harness import probes
+from kernels.harness.cli import read_data
+from kernels.harness.encoder import Encoder
+from kernels.harness.images import encode
+from kernels.harness.prepare import load_encoder
+from scripts import ROOT, SMALL, call
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+COUNT = 16
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def noise(*shape, kind="u1", high=256, seed=0):
+    """Blobs, so that what is brought to another size is still told apart."""
+    x = np.random.default_rng(seed).random(shape)
+    return (x * high).astype(kind)
+
+
+# ---- Sets of files: each writes COUNT of them below `set` --------------------------------------------------
+def every(write):
+    def make():
+        Path("set").mkdir()
+        for k in range(COUNT):
+            write(f"set/{k:02}", k)
+        return "set"
+    return make
+
+
+def rgba(name, k):
+    Image.fromarray(noise(20, 24, 4, seed=k)).save(name + ".png")
+
+
+def palette(name, k):
+    image = Image.fromarray(noise(20, 20, 3, seed=k)).quantize(16)
+    image.save(name + ".gif" if k % 2 else name + ".png", **{"transparency": 3} if k % 3 else {})
+
+
+def elongated(name, k):
+    Image.fromarray(noise(10, 70, 3, seed=k) if k % 2 else noise(80, 20, 3, seed=k)).save(name + ".jpg", quality=95)
+
+
+def turned(name, k):
+    exif = Image.Exif()
+    exif[0x0112] = 1 + k % 8                             # its orientation
+    Image.fromarray(noise(24, 40, seed=k)).save(name + ".jpg", exif=exif, quality=95)
+
+
+def sixteen_bits(name, k):
+    Image.fromarray(noise(24, 40, kind="u2", high=65536, seed=k)).save(name + ".png")
+
+
+def twelve_bits(name, k):
+    tifffile.imwrite(name + ".tif", noise(30, 20, kind="u2", high=4096, seed=k))
+
+
+def floats(name, k):
+    tifffile.imwrite(name + ".tif", noise(16, 16, kind="f4", high=4095, seed=k) - 1000)
+
+
+def five_channels(name, k):
+    tifffile.imwrite(name + ".tif", noise(5, 20, 16, kind="u2", high=900, seed=k), imagej=True, metadata={"axes": "CYX"})
+
+
+def of_several_kinds(name, k):
+    if k % 2:
+        sixteen_bits(name, k)
+    else:
+        Image.fromarray(noise(20, 20, seed=k)).save(name + ".png")
+
+
+def volumes(name, k):
+    np.save(name + ".npy", noise(8, 10, 12, kind="i2", high=2000, seed=k))
+
+
+SETS = [rgba, palette, elongated, turned, sixteen_bits, twelve_bits, floats, five_channels, of_several_kinds, volumes]
+
+
+def finish(data, folder="run"):
+    """What a run leaves of a random encoder."""
+    Path(folder).mkdir()
+    torch.manual_seed(0)
+    channels, *sides = data.images.shape[1:]
+    encoder = Encoder(channels, len(sides), width=8)
+    with torch.no_grad():
+        h, h_test = [encode(encoder, x) for x in (data.images, data.test_images)]
+    found = probes.Findings(h, h_test, {}, {})
+    probes.save_encoder(encoder, data, Path(folder))
+    probes.save_features(encoder, data, found, Path(folder))
+
+
+def own_rows(things_of):
+    """Embeds each stored row's thing anew: the nearest stored row is its own, at cosine 1."""
+    encoder, prepare = load_encoder("run")
+    with np.load("run/features.npz") as found:
+        stored = np.concatenate([found["train_features"], found["test_features"]])
+        names = [*found["train_files"], *found["test_files"]]
+        things = things_of(found)
+    bank = F.normalize(torch.from_numpy(stored))
+    assert len({*names}) == len(names) == len(things) == len(bank)
+    for row, thing in enumerate(things):
+        with torch.no_grad():
+            cosines = F.normalize(encoder(prepare(thing))) @ bank.T
+        assert cosines.argmax() == row and abs(cosines.max() - 1) < 1e-6, names[row]
+    with torch.no_grad():
+        together = encoder(prepare(things[:5]))
+    torch.testing.assert_close(together, torch.from_numpy(stored[:5]), rtol=1e-5, atol=1e-6)
+    return prepare
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("write", SETS, ids=lambda write: write.__name__)
+def test_the_nearest_row_of_a_file_is_its_own(write, fit):
+    name = every(write)()
+    finish(read_data(name, size=16, fit=fit))
+    prepare = own_rows(lambda found: [Path("set", file) for split in ("train", "test") for file in found[f"{split}_files"]])
+    assert not prepare.taken_as or write is volumes
+
+
+KINDS = {"uint8": ("u1", 256, (20, 12, 12)), "colour": ("u1", 256, (20, 12, 12, 3)), "oblong": ("u1", 256, (20, 8, 12)),
+         "uint16": ("u2", 5000, (20, 12, 12)), "float": ("f4", 1, (20, 12, 12)), "float64": ("f8", 70, (20, 12, 12)),
+         "volumes": ("u1", 200, (20, 6, 8, 10)), "channels": ("u2", 5000, (20, 8, 8, 5))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["npz", "npy"])
+def test_the_nearest_row_of_an_array_is_its_own(kind, form):
+    dtype, high, shape = KINDS[kind]
+    x = noise(*shape, kind=dtype, high=high)
+    np.save("x.npy", x)
+    np.savez("x.npz", train_images=x)
+    finish(read_data(f"x.{form}", channels_last=kind == "channels"))
+    own_rows(lambda found: [x[row] for split in ("train", "test") for row in found[f"{split}_files"]])
+
+
+def test_the_nearest_row_of_a_posed_digit_is_its_own():
+    data = read_data("digits")
+    finish(data)
+    encoder, prepare = load_encoder("run")
+    stored = np.load("run/features.npz")["test_features"][:50]
+    with torch.no_grad():
+        h = encoder(prepare([*data.test_images[:50, 0].numpy()]))
+    torch.testing.assert_close(h, torch.from_numpy(stored), rtol=1e-5, atol=1e-6)      # noise beyond [0, 1] stays
+
+
+# ---- Other files than training's ---------------------------------------------------------------------------
+def trained_on(write):
+    finish(read_data(every(write)(), size=16))
+    return load_encoder("run")[1]
+
+
+def test_an_open_image_and_an_array_are_as_their_file():
+    prepare = trained_on(rgba)
+    expected = prepare("set/03.png")
+    torch.testing.assert_close(prepare(Image.open("set/03.png")), expected, rtol=0, atol=0)
+    torch.testing.assert_close(prepare(np.asarray(Image.open("set/03.png"))), expected, rtol=0, atol=0)
+    image = Image.open("set/03.png")
+    prepare(image)
+    assert image.mode == "RGBA" and image.size == (24, 20)          # it was not changed
+
+
+def test_what_is_changed_is_counted():
+    prepare = trained_on(turned)
+    rgba("colour", 0)
+    gray = prepare("colour.png")
+    white = Image.new("RGBA", (24, 20), "white")
+    flat = Image.alpha_composite(white, Image.open("colour.png")).convert("L")
+    torch.testing.assert_close(gray, prepare(flat), rtol=0, atol=0)
+    assert prepare.taken_as == {"colour, taken as gray": 1}
+
+    prepare = load_encoder("run")[1]
+    frames = [Image.fromarray(noise(16, 16, seed=k)) for k in range(3)]
+    frames[0].save("frames.gif", save_all=True, append_images=frames[1:])
+    prepare("frames.gif")
+    assert any("more pages or frames" in what for what in prepare.taken_as)
+
+
+def test_bytes_for_an_encoder_of_floats_are_255ths():
+    np.save("x.npy", noise(20, 16, 16, kind="f4", high=1))
+    finish(read_data("x.npy"))
+    prepare = load_encoder("run")[1]
+    x = noise(16, 16)
+    Image.fromarray(x).save("x.png")
+    for thing in ("x.png", x):
+        torch.testing.assert_close(prepare(thing)[0, 0], torch.from_numpy(x) / 255, rtol=1e-6, atol=0)
+
+
+def test_numbers_outside_trainings_range_are_cut_and_counted():
+    prepare = trained_on(twelve_bits)
+    x = np.zeros((16, 16), np.uint16)
+    x[0] = 60000
+    found = prepare(x)
+    assert found.max() == 1 and found[0, 0, 0].min() == 1
+    assert prepare.outside == 256 and prepare.seen == 256           # below the percentile, and above
+
+
+@pytest.mark.parametrize("write, thing, words", [
+    (rgba, noise(16, 16, kind="u2"), "it holds uint16, training's images uint8"),
+    (twelve_bits, noise(16, 16), "it holds uint8, training's images uint16"),
+    (rgba, noise(16), r"it is uint8 \[16\], no image of 2 axes"), (rgba, np.array([["a"]]), "no image of 2 axes"),
+    (five_channels, noise(16, 16, kind="u2"), r"its shape is \[1, 16, 16\]"),
+    (volumes, noise(8, 10, 13, kind="i2"), r"its shape is \[8, 10, 13\]"),
+    (volumes, noise(8, 10, kind="i2"), "no image of 3 axes")])
+def test_what_it_cannot_be_is_said(write, thing, words):
+    prepare = trained_on(write)
+    with pytest.raises(ValueError, match=words):
+        prepare(thing)
+
+
+def test_a_plane_for_an_encoder_of_volumes_is_refused():
+    prepare = trained_on(volumes)
+    twelve_bits("plane", 0)
+    with pytest.raises(ValueError, match="it holds uint16, training's images int16|its shape is"):
+        prepare("plane.tif")
+
+
+# ---- encoder.pt --------------------------------------------------------------------------------------------
+def test_encoder_pt_of_another_backbone_takes_it_as_an_argument():
+    data = read_data(every(rgba)(), size=16)
+
+    class Other(torch.nn.Module):
+        features = 8
+
+        def __init__(self):
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return self.convolution(x).mean((2, 3))
+
+    Path("run").mkdir()
+    probes.save_encoder(Other(), data, Path("run"))
+    with pytest.raises(ValueError, match="run/encoder.pt"):
+        load_encoder("run")
+    encoder, prepare = load_encoder("run", Other())
+    assert encoder(prepare("set/00.png")).shape == (1, 8) and not encoder.training
+
+
+def test_no_encoder_and_an_earlier_ones():
+    with pytest.raises(ValueError, match="nowhere/encoder.pt|nowhere does not serve.*give a finished run"):
+        load_encoder("nowhere")
+    trained_on(rgba)
+    saved_before = torch.load("run/encoder.pt", weights_only=True)
+    del saved_before["prepare"]
+    torch.save(saved_before, "run/encoder.pt")
+    with pytest.raises(ValueError, match="earlier version's"):
+        load_encoder("run")
+
+
+def test_readmes_lines(finished, monkeypatch):
+    """As a user: train on files, and run README's lines on one of them."""
+    monkeypatch.chdir(finished)
+    every(turned)()
+    assert call(finished, *SMALL.split(), "--data", "set", "--epochs", "1", "--out", "runs/vicreg-1") == 0
+    lines, = re.findall(r"^```python\n(from kernels.harness.prepare import load_encoder.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    names = {}
+    Path("new.png").write_bytes(Path("set/03.jpg").read_bytes())
+    exec(lines, names)
+    with np.load("runs/vicreg-1/features.npz") as found:
+        files = [*found["train_files"], *found["test_files"]]
+        stored = np.concatenate([found["train_features"], found["test_features"]])
+    h = names["h"].detach().numpy()
+    assert np.allclose(h[0], stored[files.index("03.jpg")], rtol=1e-5)
