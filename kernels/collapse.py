@@ -1,17 +1,21 @@
 """Has it collapsed? Measures of any embeddings, in anybody's training loop, and one sentence on them.
 
+    python -m kernels.collapse emb.npy                      # embeddings from anywhere; --help has the rest
+
     panel = collapse_panel(z, z1, z2)      embeddings of images, and of two views of each
     print(verdict(panel, untrained))       untrained: the panel of the same network before training
+    watch = CollapseWatch(network, x, x1, x2); print(watch())        the same, in a training loop
     knn_accuracy(h, y, h_test, y_test)     do neighbours share a class?
 
-Self-supervised learning collapses when different inputs end up with the same embedding (complete collapse),
-or with embeddings on a line or in a thin subspace (dimensional collapse). No single number shows both: a
-constant plus noise has full centred rank, healthy features that are all positive have a mean cosine of 0.97.
-Hence a panel.
+Self-supervised learning collapses when different inputs end up with the same embedding (complete collapse, or
+of a part of them), or with embeddings on a line or in a thin subspace (dimensional collapse). No single
+number shows all: a constant plus noise has full centred rank, healthy features that are all positive have a
+mean cosine of 0.97. Hence a panel. And without two views of each image no number tells images from noise.
 
 Arithmetic and bytes. Nothing is N x N: uniformity is a log-sum-exp over the bank of the embeddings
 themselves, neighbours are a top-k over it (4 N^2 D operations together), ranks come from the smaller of z^T z
-and z z^T in float64. 50,000 x 512 are 5 TFLOP.
+and z z^T in float64. 50,000 x 512 are 5 TFLOP; beyond 50,000 rows these two look at as many, drawn at random.
+Rows are read 4096 at a time, also from a mapped .npy file that is larger than memory.
 """
 import math
 
@@ -20,35 +24,73 @@ import torch.nn.functional as F
 
 from .bank import bank_logsumexp, bank_topk
 
+MOST = 50_000                          # rows for what takes N^2 operations
+
+
+# ---- Embeddings, wherever they lie -------------------------------------------------------------------------
+class _Rows:
+    """Rows of a tensor or a NumPy array [N, D], also a mapped one; counted: their numbers, None for all."""
+
+    def __init__(self, z, counted=None):
+        self.z, self.counted = z, counted
+        self.device = z.device if isinstance(z, torch.Tensor) else torch.device("cpu")
+        self.width = z.shape[1]
+
+    def __len__(self):
+        return len(self.z) if self.counted is None else len(self.counted)
+
+    def read(self, rows):
+        """Those numbers or that slice of the whole, as a tensor."""
+        if isinstance(self.z, torch.Tensor):
+            return self.z[rows]
+        part = self.z[rows if isinstance(rows, slice) else rows.numpy()]
+        return torch.from_numpy(part.astype(part.dtype.newbyteorder("=")))             # a copy
+
+    def parts(self, unit=False):
+        """Rows, or their unit vectors, in float64, 4096 at a time: no copy of the whole."""
+        for first in range(0, len(self), 4096):
+            rows = slice(first, first + 4096)
+            rows = self.read(rows if self.counted is None else self.counted[rows]).double()
+            yield F.normalize(rows) if unit else rows
+
+    def some(self, most):
+        """Of `most` rows at random, or of all: _Rows in memory."""
+        if len(self) <= most:
+            return self if self.counted is None and isinstance(self.z, torch.Tensor) else _Rows(self.whole())
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:most].sort().values
+        chosen = chosen.to(self.device)
+        return _Rows(self.read(chosen if self.counted is None else self.counted[chosen]))
+
+    def whole(self):
+        return self.read(slice(None) if self.counted is None else self.counted)
+
+
+def _finite(sets):
+    """Whether a row is finite in all of these, [N]."""
+    found = [torch.cat([rows.isfinite().all(dim=1) for rows in z.parts()]) for z in sets]
+    return torch.stack(found).all(dim=0)
+
 
 # ---- Parts of the panel ------------------------------------------------------------------------------------
-def _parts(z, unit=False):
-    """z, or its unit vectors, in float64, 4096 rows at a time: no copy of the whole."""
-    for rows in z.split(4096):
-        rows = rows.double()
-        yield F.normalize(rows) if unit else rows
-
-
 def _mean(z, unit=False):
     """Of each column, [D]."""
-    return sum(rows.sum(dim=0) for rows in _parts(z, unit)) / len(z)
+    return sum(rows.sum(dim=0) for rows in z.parts(unit)) / len(z)
 
 
 def _std(z, unit=False):
     """Of each column, [D], divisor N - 1."""
     mean = _mean(z, unit)
-    squares = sum((rows - mean).square().sum(dim=0) for rows in _parts(z, unit))
+    squares = sum((rows - mean).square().sum(dim=0) for rows in z.parts(unit))
     return (squares / (len(z) - 1)).sqrt()
 
 
 def _gram(z, mean):
     """x^T x or x x^T [n, n] of x = z - mean, whichever is smaller: its eigenvalues are x's squared singular
     values."""
-    samples, width = z.shape
-    if samples <= width:
-        x = z.double() - mean
+    if len(z) <= z.width:
+        x = z.whole().double() - mean
         return x @ x.T
-    return sum((rows - mean).T @ (rows - mean) for rows in _parts(z))
+    return sum((rows - mean).T @ (rows - mean) for rows in z.parts())
 
 
 def _rankme(z):
@@ -66,67 +108,119 @@ def _participation(z):
 
 def _work_dtype(z):
     """float64 where N^2 D operations take about a second, else fp32."""
-    samples, width = z.shape
-    return torch.float64 if samples ** 2 * width < 2e10 else torch.float32
+    return torch.float64 if len(z) ** 2 * z.width < 2e10 else torch.float32
 
 
 def _uniformity(z):
     """log of the mean of exp(-2 |u_i - u_j|^2) over pairs i != j, Wang, Isola, arXiv 2005.10242, eq. 2.
 
     For rows of unit length |u_i - u_j|^2 = 2 - 2 u_i . u_j: a log-sum-exp of the cosines at temperature 1/4.
+    A row of zeros has no direction and stays 0: then two more columns bring its length in.
     """
     samples = len(z)
-    bank = torch.empty_like(z, dtype=_work_dtype(z))
-    for place, unit in zip(bank.split(4096), _parts(z, unit=True)):
+    bank = torch.empty(samples, z.width, dtype=_work_dtype(z), device=z.device)
+    for place, unit in zip(bank.split(4096), z.parts(unit=True)):
         place.copy_(unit)
+    query = bank
+    half = bank.square().sum(dim=1, keepdim=True) / 2
+    if (half < 0.25).any():                              # u_i . u_j - |u_i|^2 / 2 - |u_j|^2 / 2 + 1
+        one = torch.ones_like(half)
+        query, bank = torch.cat([bank, one, 0.5 - half], 1), torch.cat([bank, 0.5 - half, one], 1)
     itself = torch.arange(samples, device=z.device)
-    sums = [bank_logsumexp(bank[rows], bank, 0.25, exclude=rows) for rows in itself.split(4096)]
+    sums = [bank_logsumexp(query[rows], bank, 0.25, exclude=rows) for rows in itself.split(4096)]
     return torch.cat(sums).double().logsumexp(dim=0) - math.log(samples * (samples - 1)) - 4
 
 
-def _twonn(z, candidates=8):
-    """Intrinsic dimension from the ratio of the distances to the two nearest others, Facco et al. 2017.
+def _two_nearest(z, candidates=8):
+    """Distances [N, 2] of each row to the two nearest others, float64.
 
-    The maximum-likelihood form (n - 1) / sum log(r2 / r1), over all points: nothing is discarded but points
-    that have a duplicate, r1 = 0. Candidates come from dot products, since 2 z_i . z_j - |z_j|^2 orders by
-    distance; their distances are then made anew from differences, in float64.
+    Candidates come from dot products, since 2 z_i . z_j - |z_j|^2 orders by distance; their distances are
+    then made anew from differences.
     """
-    samples, width = z.shape
-    mean = _mean(z)
-    bank = z.new_empty(samples, width + 1, dtype=_work_dtype(z))
-    for place, rows in zip(bank.split(4096), _parts(z)):
+    samples, mean = len(z), _mean(z)
+    bank = torch.empty(samples, z.width + 1, dtype=_work_dtype(z), device=z.device)
+    for place, rows in zip(bank.split(4096), z.parts()):
         centred = rows - mean
         place[:, :-1] = centred
         place[:, -1] = centred.square().sum(dim=1)
 
-    total, points = 0., 0
+    found = []
     for rows in torch.arange(samples, device=z.device).split(1024):
         queries = 2 * bank[rows]
         queries[:, -1] = -1
         near = bank_topk(queries, bank, min(candidates, samples))[1]                   # [B, count]
-        distance = (z[rows, None].double() - z[near].double()).norm(dim=2)
+        distance = (z.read(rows)[:, None].double() - z.read(near).double()).norm(dim=2)
         distance[near == rows[:, None]] = torch.inf                                    # not to itself
-        first, second = distance.sort(dim=1).values[:, :2].T
-        ratio = (second / first)[first > 0]
-        total += ratio.log().sum()
-        points += len(ratio)
-    return max(0, points - 1) / total if points else math.nan
+        found.append(distance.sort(dim=1).values[:, :2])
+    return torch.cat(found)
+
+
+def _twonn(distances):
+    """Intrinsic dimension from the ratio of the distances to the two nearest others, Facco et al. 2017.
+
+    The maximum-likelihood form (n - 1) / sum log(r2 / r1), over all points: nothing is discarded but points
+    that have a duplicate, r1 = 0.
+    """
+    first, second = distances.T
+    ratio = (second / first)[first > 0]
+    return max(0, len(ratio) - 1) / ratio.log().sum() if len(ratio) else math.nan
+
+
+EQUAL = 1e-3                           # of the root of the mean squared distance of two rows: no distance
+
+
+def _distinct(z, distances, variance):
+    """Share of distinct rows, and of those in the largest group of (nearly) equal ones, 0 if there is none.
+
+    Rows with an equal other are told apart by where they fall on three random axes.
+    """
+    tolerance = EQUAL * (2 * variance.sum()).sqrt()
+    equal = (distances[:, 0] <= tolerance).nonzero().flatten()
+    if not len(equal):
+        return 1., 0.
+    axes = torch.randn(z.width, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    axes = F.normalize(axes, dim=0).to(z.device)
+    places = torch.cat([z.read(rows).double() @ axes for rows in equal.split(4096)])
+    group = torch.zeros_like(equal)
+    for place in places.T:
+        order = place.argsort()
+        order = order[group[order].argsort(stable=True)]
+        apart = (group[order].diff() > 0) | (place[order].diff() > tolerance)
+        group[order] = F.pad(apart.cumsum(0), (1, 0))
+    sizes = group.bincount()
+    return (len(z) - len(equal) + len(sizes)) / len(z), sizes.max().item() / len(z)
+
+
+def _class_stds(z, labels):
+    """Root mean variance of the rows of each class [K], NaN for less than 4, and all labels there are."""
+    names, index = labels.unique(return_inverse=True)
+    counts = index.bincount()
+    sums = torch.zeros(len(names), z.width, dtype=torch.float64, device=z.device)
+    for rows, own in zip(z.parts(), index.split(4096)):
+        sums.index_add_(0, own, rows)
+    means = sums / counts[:, None]
+    squares = torch.zeros(len(names), dtype=torch.float64, device=z.device)
+    for rows, own in zip(z.parts(), index.split(4096)):
+        squares.index_add_(0, own, (rows - means[own]).square().mean(dim=1))
+    stds = (squares / (counts - 1)).sqrt()
+    return stds.where(counts >= 4, torch.nan), names
 
 
 # ---- The panel ---------------------------------------------------------------------------------------------
 def _check(z, views):
     shape = [*z.shape]
-    if z.ndim != 2 or len(z) < 4 or not z.is_floating_point():
+    floats = z.is_floating_point() if isinstance(z, torch.Tensor) else z.dtype.kind == "f"
+    if z.ndim != 2 or len(z) < 4 or not floats or not z.shape[1]:
         raise ValueError(f"collapse_panel takes float embeddings [N, D], N >= 4, got {z.dtype} {shape}")
     if len(views) == 1:
         raise ValueError("collapse_panel takes two views, z1 and z2, or none")
     for view in views:
-        if view.shape != z.shape:
+        if tuple(view.shape) != tuple(z.shape):
             raise ValueError(f"collapse_panel takes views of the shape of z {shape}, got {[*view.shape]}")
 
 
 @torch.no_grad()
-def collapse_panel(z, z1=None, z2=None):
+def collapse_panel(z, z1=None, z2=None, labels=None):
     """Measures of embeddings z [N, D] of N images, and z1, z2 [N, D] of two views of each -> {name: number}.
 
     samples, width   N, D
@@ -137,34 +231,71 @@ def collapse_panel(z, z1=None, z2=None):
     participation    (sum l)^2 / sum l^2 over the covariance's eigenvalues: as RankMe, centred and stricter
     uniformity       log mean exp(-2 squared distance) of unit vectors: 0 at one point, towards -4 if spread
     TwoNN            intrinsic dimension by maximum likelihood; beyond 10 only to compare runs
+    dead             dimensions whose standard deviation is below a thousandth of the root mean variance
+    distinct         share of rows that are distinct: 1 if none has an equal, or nearly equal, other
+    at one point     share of rows in the largest group of equal ones
     alignment        mean squared distance of the two views' unit vectors
     view ratio       alignment over the mean squared distance of two images, 2 - 2 cosine: near 0 if an
                      embedding knows its image, 1 if two views are as far apart as two images
 
-    Any float dtype, on any device that has float64; statistics in float64. The last two need z1 and z2. All
-    values are NaN if an embedding is not finite. ValueError for shapes that do not agree, N < 4, integers.
+    Tensors of any float dtype, on any device that has float64, or NumPy arrays, mapped files too; statistics
+    in float64. alignment and view ratio need z1 and z2. Beyond 50,000 rows uniformity, TwoNN, distinct and at
+    one point look at so many, drawn at random, and "sample" says so.
+
+    labels [N]: of classes or other groups; adds classes (of 4 rows at least), and classes at one point, a
+    list of those whose rows differ by less than a fiftieth of what all rows do.
+    Rows that are not finite, in z or a view, are left out: "not finite" is how many they are, "not finite
+    rows" a list of the first ten. ValueError for shapes that do not agree, N < 4, integers.
     """
     views = [view for view in (z1, z2) if view is not None]
     _check(z, views)
-    samples, width = z.shape
-    pairs = samples * (samples - 1)
-    lengths = sum(unit.square().sum() for unit in _parts(z, unit=True))              # 1 each, but for zeros
-    cosine = ((samples * _mean(z, unit=True)).square().sum() - lengths) / pairs
-
+    sets = [_Rows(x) for x in (z, *views)]
+    finite = _finite(sets)
+    counted = None if finite.all() else finite.nonzero().flatten()
+    if counted is not None:
+        sets = [_Rows(x.z, counted) for x in sets]
+    rows, *views = sets
+    samples, width = len(rows), rows.width
     panel = {"samples": samples, "width": width}
-    panel["raw std"] = _std(z).mean()
-    panel["std"] = _std(z, unit=True).mean() * width ** 0.5
+    if counted is not None:
+        missing = (~finite).nonzero().flatten()
+        panel |= {"not finite": len(missing), "not finite rows": missing[:10].tolist()}
+    if samples < 4:
+        return panel
+    pairs = samples * (samples - 1)
+    lengths = sum(unit.square().sum() for unit in rows.parts(unit=True))             # 1 each, but for zeros
+    cosine = ((samples * _mean(rows, unit=True)).square().sum() - lengths) / pairs
+
+    std = _std(rows)
+    variance = std.square()
+    panel["raw std"] = std.mean()
+    panel["std"] = _std(rows, unit=True).mean() * width ** 0.5
     panel["cosine"] = cosine
-    finite = bool(z.isfinite().all())
-    panel["RankMe"] = _rankme(z) if finite else math.nan
-    panel["participation"] = _participation(z) if finite else math.nan
-    panel["uniformity"] = _uniformity(z) if finite else math.nan
-    panel["TwoNN"] = _twonn(z) if finite else math.nan
+    panel["RankMe"] = _rankme(rows)
+    panel["participation"] = _participation(rows)
+    looked_at = rows.some(MOST)
+    if len(looked_at) < samples:
+        panel["sample"] = len(looked_at)
+    distances = _two_nearest(looked_at)
+    panel["uniformity"] = _uniformity(looked_at)
+    panel["TwoNN"] = _twonn(distances)
+    panel["dead"] = int((std < 1e-3 * variance.mean().sqrt()).sum())
+    panel["distinct"], panel["at one point"] = _distinct(looked_at, distances, variance)
     if views:
-        pairs_of_views = zip(_parts(z1, unit=True), _parts(z2, unit=True))
+        pairs_of_views = zip(*(view.parts(unit=True) for view in views))
         panel["alignment"] = sum((u1 - u2).square().sum() for u1, u2 in pairs_of_views) / samples
         panel["view ratio"] = panel["alignment"] / (2 - 2 * cosine)
-    return {name: value if isinstance(value, int) else float(value) for name, value in panel.items()}
+    if labels is not None:
+        panel |= _classes(rows, labels, counted, variance.mean().sqrt())
+    kept = int, float, list
+    return {name: value if isinstance(value, kept) else float(value) for name, value in panel.items()}
+
+
+def _classes(rows, labels, counted, whole):
+    labels = _labels(labels, len(rows.z), "labels").to(rows.device)
+    stds, names = _class_stds(rows, labels if counted is None else labels[counted])
+    points = names[stds < whole / 50].tolist()
+    return {"classes": int(stds.isfinite().sum()), "classes at one point": points}
 
 
 # ---- The verdict -------------------------------------------------------------------------------------------
@@ -173,6 +304,9 @@ ONE_POINT = 1e-3           # 1 - mean cosine below this: all images in one direc
 VIEW_RATIO = 0.8           # above this an embedding says next to nothing of its image
 SHRUNK = 0.3               # raw std below this share of the untrained network's: training has shrunk it
 SHRUNK_VIEW_RATIO = 0.45   # takes VIEW_RATIO's place where training has shrunk it
+THINNER = 0.5              # participation or RankMe below this share of the untrained network's: narrower
+POINT = 0.05               # of the images at one point: more are no accident of the data
+DISTINCT = 0.25            # share of distinct embeddings: fewer are not
 
 
 def _too_thin(panel):
@@ -181,67 +315,211 @@ def _too_thin(panel):
     Participation: nine tenths of the variance on one axis. RankMe: the 3/8th power of what the sample and the
     width allow.
     """
-    most = min(panel["samples"] - 1, panel["width"])
-    bounds = {"participation": 1.25 - 0.25 / most, "RankMe": most ** 0.375}
-    for name, least in bounds.items():
-        if panel[name] < least:
+    samples, width = panel["samples"], panel["width"]
+    centred = min(samples - 1, width)
+    bounds = {"participation": (1.25 - 0.25 / centred, centred),
+              "RankMe": (centred ** 0.375, min(samples, width))}
+    for name, (least, most) in bounds.items():
+        if panel[name] < least and most > 1:
             return f"{name} is {panel[name]:.2f} of at most {most} (bound {least:.2f})"
     return ""
+
+
+def _part_at_a_point(panel):
+    """Which part of the images has collapsed though the whole has not, in words, or ""."""
+    share = panel.get("at one point", 0.)
+    if share >= POINT and share * panel.get("sample", panel["samples"]) >= 4:
+        return f"{share:.0%} of the images lie at one point (bound {POINT:.0%})"
+    if panel.get("distinct", 1.) < DISTINCT:
+        return f"only {panel['distinct']:.2%} of the embeddings are distinct (bound {DISTINCT:.0%})"
+    points = panel.get("classes at one point", [])
+    if points:
+        names = ", ".join(map(str, points[:3])) + ", ..." * (len(points) > 3)
+        return f"each at one point are the images of {len(points)} of {panel['classes']} classes ({names})"
+    return ""
+
+
+def _narrower(panel, untrained):
+    """Whether training has made the embeddings narrower, in words, or ""."""
+    for name, bound in (("raw std", SHRUNK), ("participation", THINNER), ("RankMe", THINNER)):
+        share = panel[name] / max(untrained[name], 1e-30)
+        if share < bound:
+            return f"{name} is {share:.2g} of the untrained network's (bound {bound})"
+    return ""
+
+
+def _as_before(panel, untrained):
+    """Whether all measures are within a tenth of those before training."""
+    names = "view ratio", "raw std", "std", "RankMe", "participation"
+    return all(abs(panel[name] - untrained[name]) <= 0.1 * abs(untrained[name]) for name in names)
+
+
+def _remarks(panel):
+    """What else is to be known, in words that end a sentence."""
+    remarks = ""
+    if panel["cosine"] > 0.9:
+        remarks += f"; the mean cosine of two images is {panel['cosine']:.3f}"
+    if panel.get("dead"):
+        remarks += f"; {panel['dead']:,} of {panel['width']:,} dimensions are dead"
+    if "sample" in panel:
+        remarks += f"; equal images were sought among {panel['sample']:,}"
+    return remarks
 
 
 def verdict(panel, untrained=None):
     """One sentence from a collapse_panel: which collapse, by which criterion, its value and its bound.
 
-    COLLAPSED               all images at one point; or a view ratio near 1 and embeddings on a line; or one
-                            near 1/2 and embeddings that training has shrunk
+    COLLAPSED               all images at one point; or a view ratio near 1 and embeddings that training has
+                            made narrower, or on a line; or a ratio near 1/2 and embeddings that it has shrunk
     DIMENSIONAL COLLAPSE    embeddings know their images, but on a line or in few dimensions
+    PARTIAL COLLAPSE        a part of the images at one point, most of them equal to others, or a class
     NOT SPREAD YET          as blind to its image as before training, but no narrower
+    NOTHING LEARNT YET      views, spread and ranks are within a tenth of those before training
+    CANNOT TELL             without views: spread, which noise would be, too; of width 1
     No collapse             none of these
+    NOT FINITE              some rows: how many, which, and the verdict on the rest
 
     untrained: the panel of the same network before training, on the same images. Without it an embedding that
     says nothing of its image is called collapsed although it may not be trained yet.
     """
-    ratio = panel.get("view ratio", 0.)
+    if "not finite" in panel:
+        rows = ", ".join(map(str, panel["not finite rows"][:3])) + ", ..." * (panel["not finite"] > 3)
+        of = panel["samples"] + panel["not finite"]
+        rest = {name: value for name, value in panel.items() if not name.startswith("not finite")}
+        if panel["not finite"] > of / 10 or panel["samples"] < 4:
+            return f"COLLAPSED: {panel['not finite']:,} of {of:,} embeddings are not finite (rows {rows})."
+        return f"NOT FINITE: {panel['not finite']:,} of {of:,} embeddings (rows {rows}). The rest: " + \
+            verdict(rest, untrained)
     away = 1 - panel["cosine"]
-    if not math.isfinite(panel["raw std"] + ratio):
-        return "COLLAPSED: embeddings are not finite."
-    if panel["raw std"] == 0 or away < ONE_POINT:
+    if panel["raw std"] == 0:
+        return "COLLAPSED: all embeddings are equal."
+    if not math.isfinite(panel["raw std"] + panel.get("view ratio", 0.)):
+        return "COLLAPSED: embeddings are too large, their variance is not finite."
+    narrower = _narrower(panel, untrained) if untrained else ""
+    if away < ONE_POINT:
         direction = f"1 - mean cosine is {away:.1g} (bound {ONE_POINT})"
+        if untrained and not narrower and 1 - untrained["cosine"] < 2 * ONE_POINT:
+            return f"NOT SPREAD YET: all images point in one direction, {direction}, as before training."
         return f"COLLAPSED: all images point in one direction, {direction}."
+    if panel["width"] == 1:
+        return "CANNOT TELL: of width 1, embeddings have no dimensions that could collapse."
 
     thin = _too_thin(panel)
+    ratio = panel.get("view ratio", 0.)
     seen = f"the squared distance of two views of an image is {ratio:.2f} of that of two images"
-    share = panel["raw std"] / max(untrained["raw std"], 1e-30) if untrained else 1.
-    if share < SHRUNK and ratio > SHRUNK_VIEW_RATIO:
-        shrunk = f"raw std is {share:.2g} of the untrained network's (bound {SHRUNK})"
-        return f"COLLAPSED: {seen} (bound {SHRUNK_VIEW_RATIO}), and {shrunk}."
+    if narrower.startswith("raw std") and ratio > SHRUNK_VIEW_RATIO:
+        return f"COLLAPSED: {seen} (bound {SHRUNK_VIEW_RATIO}), and {narrower}."
     if ratio > VIEW_RATIO:
         blind = f"{seen} (bound {VIEW_RATIO})"
         if untrained is None:
             return f"COLLAPSED, or not trained yet: {blind}."
-        if thin:
-            return f"COLLAPSED: {blind}, and {thin}."
+        if thin and narrower:
+            return f"COLLAPSED: {blind}, {thin}, and {narrower}."
         return f"NOT SPREAD YET: {blind}, but no narrower than before training."
     if thin:
         return f"DIMENSIONAL COLLAPSE: {thin}."
-    known = f"{seen}, " if "view ratio" in panel else ""
+    part = _part_at_a_point(panel)
+    if part:
+        return f"PARTIAL COLLAPSE: {part}, if no more of the images themselves are equal{_remarks(panel)}."
     most = min(panel["samples"] - 1, panel["width"])
+    if "view ratio" not in panel:
+        spread = f"spread in {panel['participation']:.0f} of at most {most} dimensions"
+        return (f"CANNOT TELL: {spread}, but without two views of each image noise cannot be told from images"
+                f"{_remarks(panel)}.")
+    if untrained and "view ratio" in untrained and _as_before(panel, untrained):
+        return f"NOTHING LEARNT YET: {seen}, and all measures are within a tenth of those before training."
     ranks = f"participation is {panel['participation']:.1f} and RankMe {panel['RankMe']:.0f}"
-    return f"No collapse: {known}{ranks} of at most {most}."
+    return f"No collapse: {seen}, {ranks} of at most {most}{_remarks(panel)}."
+
+
+class CollapseWatch:
+    """watch() -> the verdict on a network as it is now, beside what it was when the watch was made.
+
+    embed: inputs -> embeddings [N, D], a module or any function; x, x1, x2: N images and two views of each.
+    A module is in eval mode meanwhile. `panel` holds the last measures, `untrained` the first.
+    """
+
+    def __init__(self, embed, x, x1, x2):
+        self.embed, self.inputs = embed, (x, x1, x2)
+        self.untrained = self.panel = self.measure()
+
+    @torch.no_grad()
+    def measure(self):
+        training = getattr(self.embed, "training", False)
+        if training:
+            self.embed.eval()
+        try:
+            return collapse_panel(*(self.embed(x) for x in self.inputs))
+        finally:
+            if training:
+                self.embed.train()
+
+    def __call__(self):
+        self.panel = self.measure()
+        return verdict(self.panel, self.untrained)
 
 
 # ---- Neighbours --------------------------------------------------------------------------------------------
+def _labels(y, count, name):
+    """Labels [N] or [N, 1], tensor, array or list -> int64 [N]; ValueError if they are none of `count`."""
+    try:
+        y = torch.as_tensor(y)
+        whole = not y.is_floating_point() or bool((y == y.round()).all())
+    except (TypeError, ValueError, RuntimeError):        # of words, ragged, complex
+        whole = False
+    if not whole or [*y.shape] not in ([count], [count, 1]):
+        got = f"{y.dtype} {[*y.shape]}" if hasattr(y, "shape") else type(y).__name__
+        raise ValueError(f"{name} must be whole numbers [{count}] or [{count}, 1], got {got}")
+    return y.flatten().long()
+
+
+def _features(h, name, width=None):
+    """[N, E] in fp32 or finer; ValueError if a row is not finite, or the shape is none."""
+    h = torch.as_tensor(h)
+    if h.ndim != 2 or not h.is_floating_point() or not h.numel() or width not in (None, h.shape[1]):
+        wide = "E" if width is None else width
+        raise ValueError(f"{name} must be float features [N, {wide}], got {h.dtype} {[*h.shape]}")
+    rows = (~h.isfinite().all(dim=1)).nonzero().flatten()
+    if len(rows):
+        first = ", ".join(map(str, rows[:3].tolist()))
+        raise ValueError(f"{len(rows):,} of {len(h):,} rows of {name} are not finite: {first}, ...")
+    return h.to(torch.promote_types(h.dtype, torch.float32))
+
+
+def _known(h, y, h_test, y_test):
+    h = _features(h, "h")
+    h_test = _features(h_test, "h_test", h.shape[1])
+    work = torch.promote_types(h.dtype, h_test.dtype)
+    h, h_test = h.to(work), h_test.to(h.device, work)
+    y, y_test = _labels(y, len(h), "y"), _labels(y_test, len(h_test), "y_test")
+    return h, y.to(h.device), h_test, y_test.to(h.device)
+
+
+def _unit(h):
+    """Unit vectors, zeros for zeros; where squares would be too large or too small, of scaled rows."""
+    largest = h.abs().amax(dim=1, keepdim=True)
+    if ((largest > 1e15) | (largest < 1e-10)).any():
+        h = h / largest.clamp(min=torch.finfo(h.dtype).tiny)
+    return F.normalize(h)
+
+
 @torch.no_grad()
 def knn_accuracy(h, y, h_test, y_test, k=5, temperature=0.07):
     """Share of test features whose class the k nearest of h name, by votes exp(cosine / temperature); exact.
 
-    h [N, E], y int64 [N] >= 0; h_test [M, E], y_test [M]. Wu et al., arXiv 1805.01978, vote so with k = 200.
+    h [N, E] of any float dtype, y whole numbers [N] or [N, 1]; h_test [M, E], y_test [M] or [M, 1]; tensors
+    or NumPy arrays; in fp32 or finer. Wu et al., arXiv 1805.01978, vote so with k = 200. ValueError for rows
+    that are not finite, lengths that do not agree, k < 1, a temperature that is not above 0.
     """
-    cosine, row = bank_topk(F.normalize(h_test), F.normalize(h), min(k, len(h)))       # [M, k] each
-    y, y_test = y.to(row.device), y_test.to(row.device)
-    votes = cosine.new_zeros(len(h_test), int(y.max()) + 1)
-    votes.scatter_add_(1, y[row], (cosine / temperature).exp())
-    return (votes.argmax(dim=1) == y_test).double().mean().item()
+    h, y, h_test, y_test = _known(h, y, h_test, y_test)
+    if not (k >= 1 and 0 < temperature < math.inf):
+        raise ValueError(f"knn_accuracy takes k >= 1 and a finite temperature > 0, got {k} and {temperature}")
+    cosine, row = bank_topk(_unit(h_test), _unit(h), min(int(k), len(h)))              # [M, k] each
+    names, y = y.unique(return_inverse=True)
+    votes = cosine.new_zeros(len(h_test), len(names), dtype=torch.float64)
+    cosine = cosine.double()
+    votes.scatter_add_(1, y[row], ((cosine - cosine[:, :1]) / temperature).exp())
+    return (names[votes.argmax(dim=1)] == y_test).double().mean().item()
 
 
 @torch.no_grad()
@@ -251,9 +529,12 @@ def few_label_accuracy(h, y, h_test, y_test, labels, draws=10):
     Other arguments as above. Features less the mean of all h, which needs no labels, at unit length:
     SimpleShot's CL2N, Wang et al., arXiv 1911.04623. A class of fewer images has all of them taken.
     """
+    h, y, h_test, y_test = _known(h, y, h_test, y_test)
+    if labels < 1 or draws < 1:
+        raise ValueError(f"few_label_accuracy takes labels >= 1 and draws >= 1, got {labels} and {draws}")
     centre = h.mean(dim=0)
-    unit = F.normalize(h - centre)
-    unit_test = F.normalize(h_test - centre)
+    unit = _unit(h - centre)
+    unit_test = _unit(h_test - centre)
     generator = torch.Generator().manual_seed(0)
     classes = y.unique()
     total = 0
@@ -264,3 +545,8 @@ def few_label_accuracy(h, y, h_test, y_test, labels, draws=10):
         nearest = torch.cdist(unit_test, means).argmin(dim=1)
         total += (classes[nearest] == y_test).double().mean().item()
     return total / draws
+
+
+if __name__ == "__main__":
+    from kernels.harness.instrument import main          # with this module's own name, not as __main__
+    main()

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
-from kernels import collapse_panel, few_label_accuracy, knn_accuracy, verdict
+from kernels import CollapseWatch, collapse, collapse_panel, few_label_accuracy, knn_accuracy, verdict
 from kernels.harness.cli import read_data
 from scripts import ROOT, forked
 
@@ -44,6 +45,7 @@ def brute_force(z, z1, z2):
             "participation": eigenvalues.sum() ** 2 / eigenvalues.square().sum(),
             "uniformity": (-2 * squared[pairs]).exp().mean().log(),
             "TwoNN": (n - 1) / ratio.log().sum(),
+            "dead": 0, "distinct": 1, "at one point": 0,
             "alignment": alignment,
             "view ratio": alignment / (2 - 2 * cosine)}
 
@@ -230,14 +232,21 @@ def test_falcon_without_its_prior_ends_collapsed(tmp_path):
 @pytest.mark.parametrize("run", ["VICReg", "IConE", "FALCON", "BA-SSL"])
 def test_an_untrained_network_is_not_called_collapsed(reports, run):
     untrained = reports[run]["panels"]["untrained z"]
-    assert verdict(untrained, untrained).startswith(NOT_YET)
+    assert verdict(untrained, untrained).startswith((NOT_YET, NOTHING))
 
 
 # ---- The verdict: synthetic embeddings --------------------------------------------------------------------------
+CANNOT_TELL, PARTIAL, NOT_FINITE, NOTHING = "CANNOT TELL", "PARTIAL COLLAPSE", "NOT FINITE", "NOTHING LEARNT YET"
+
+
 def near(z):
     """Two views that know their image."""
     scale = z.std()
     return z, z + 0.1 * scale * white(*z.shape, 8), z + 0.1 * scale * white(*z.shape, 9)
+
+
+def blind(scale=1., d=64):
+    return tuple(scale * white(500, d, k) for k in range(3))
 
 
 def line():
@@ -253,46 +262,195 @@ def positive():
     return 1 + 0.175 * white(500, 64)
 
 
-def one_nan():
-    z = white(500, 64)
-    z[3, 5] = math.nan
+def changed(z, rows, value, columns=slice(None)):
+    z = z.clone()
+    z[rows, columns] = value
     return z
 
 
-SYNTHETIC = {  # name: (embeddings of images, of two views, the verdict)
-    "white": (near(white(500, 64)), HEALTHY),
-    "all positive": (near(positive()), HEALTHY),
-    "small but whole": (near(1e-3 * white(500, 64)), HEALTHY),
-    "fewer samples than dimensions": (near(white(12, 512)), HEALTHY),
-    "duplicates": (near(white(250, 64).repeat(2, 1)), HEALTHY),
-    "a constant": ((torch.ones(500, 64),) * 3, ONE_POINT),
-    "zeros": ((torch.zeros(500, 64),) * 3, ONE_POINT),
-    "a constant plus noise": ((1 + 1e-3 * white(500, 64),) * 3, ONE_POINT),
-    "a constant plus noise of each view": (tuple(1 + 0.1 * white(500, 64, k) for k in range(3)), ONE_POINT),
-    "views as far apart as images": (tuple(white(500, 64, k) for k in range(3)), ONE_POINT),
-    "a line": (near(line()), THIN),
-    "four points": ((four_points(),) * 3, THIN),
-    "a line and noise": (near(line() + 0.05 * white(500, 64, 2)), THIN),
-    "NaN": ((one_nan(),) * 3, ONE_POINT)}
+def images_at_a_point(share, n=500):
+    z = white(n, 64)
+    z[:int(share * n)] = z[0]
+    return z
+
+
+CLASSES = torch.arange(500) % 5
+RARE = torch.cat([torch.zeros(480), torch.ones(20)]).long()
+UNTRAINED = near(.1 * white(500, 64) + 1)                            # as many dimensions, in one direction
+SYNTHETIC = {  # name: (embeddings of images, of two views; of the untrained network; labels), the verdict
+    "white": ((near(white(500, 64)),), HEALTHY),
+    "all positive": ((near(positive()),), HEALTHY),
+    "small but whole": ((near(1e-3 * white(500, 64)),), HEALTHY),
+    "as small as fp32 can be": ((near(1e-30 * white(500, 64)),), HEALTHY),
+    "fewer samples than dimensions": ((near(white(12, 512)),), HEALTHY),
+    "four samples": ((near(white(4, 64)),), HEALTHY),
+    "half precision": ((tuple(z.half() for z in near(white(500, 64))),), HEALTHY),
+    "bfloat16": ((tuple(z.bfloat16() for z in near(white(500, 64))),), HEALTHY),
+    "NumPy arrays": ((tuple(z.numpy() for z in near(white(500, 64))),), HEALTHY),
+    "big-endian arrays": ((tuple(z.numpy().astype(">f4") for z in near(white(500, 64))),), HEALTHY),
+    "each image twice": ((near(white(250, 64).repeat(2, 1)),), HEALTHY),
+    "a few equal images": ((near(images_at_a_point(.02)),), HEALTHY),
+    "a twentieth of the dimensions dead": ((near(changed(white(500, 64), slice(None), 3., slice(3))),), HEALTHY),
+    "half of the dimensions dead": ((near(changed(white(500, 64), slice(None), 3., slice(32))),), HEALTHY),
+    "a fifth of the rows zero length's neighbours": ((near(white(500, 64) * torch.rand(500, 1, dtype=torch.float64)),), HEALTHY),
+    "healthy classes": ((near(white(500, 64)), None, CLASSES), HEALTHY),
+    "clusters": ((near(white(5, 64)[CLASSES] + .5 * white(500, 64, 4)), None, CLASSES), HEALTHY),
+    "trained": ((near(white(500, 64)), UNTRAINED), HEALTHY),
+    "a constant": (((torch.ones(500, 64),) * 3,), ONE_POINT),
+    "a constant, before it as well": (((torch.ones(500, 64),) * 3, (torch.ones(500, 64),) * 3), ONE_POINT),
+    "zeros": (((torch.zeros(500, 64),) * 3,), ONE_POINT),
+    "a constant plus noise": (((1 + 1e-3 * white(500, 64),) * 3,), ONE_POINT),
+    "a constant plus noise, that training shrank": (((1 + 1e-3 * white(500, 64),) * 3, UNTRAINED), ONE_POINT),
+    "a constant plus noise of each view": ((tuple(1 + 0.1 * white(500, 64, k) for k in range(3)),), ONE_POINT),
+    "views as far apart as images": ((blind(),), ONE_POINT),
+    "shrunk and blind": ((blind(.1), blind()), ONE_POINT),
+    "on a line and blind, which it was not before": ((tuple(white(500, 1, k) @ white(1, 64, 5) for k in range(3)), blind()),
+                                                     ONE_POINT),
+    "more than a tenth not finite": (((changed(white(500, 64), slice(60), math.nan),) * 3,), ONE_POINT),
+    "none finite": (((white(500, 64) * math.inf,) * 3,), ONE_POINT),
+    "a line": ((near(line()),), THIN),
+    "a line, without views": ((line()[None],), THIN),
+    "four points": (((four_points(),) * 3,), THIN),
+    "a line and noise": ((near(line() + 0.05 * white(500, 64, 2)),), THIN),
+    "half of the images at one point": ((near(images_at_a_point(.5)),), PARTIAL),
+    "a fifth of the images at one point": ((near(images_at_a_point(.2)),), PARTIAL),
+    "a fifth at one point, without views": ((images_at_a_point(.2)[None],), PARTIAL),
+    "fifty distinct rows in five thousand": ((near(white(50, 64).repeat(100, 1)),), PARTIAL),
+    "fifty nearly distinct rows": ((near(white(50, 64).repeat(100, 1) + 1e-6 * white(5000, 64, 3)),), PARTIAL),
+    "a rare class at one point": ((near(changed(white(500, 64), slice(480, None), 1.)), None, RARE), PARTIAL),
+    "each class at a point of its own": ((near(white(5, 64)[CLASSES]), None, CLASSES), [PARTIAL, THIN]),
+    "noise, without views": ((white(500, 64)[None],), CANNOT_TELL),
+    "a constant plus 5 % noise, without views": (((1 + .05 * white(500, 64))[None],), CANNOT_TELL),
+    "width 1": ((near(white(500, 1)),), CANNOT_TELL),
+    "NaN": (((changed(white(500, 64), 3, math.nan, 5),) * 3,), NOT_FINITE),
+    "an infinite view": (((white(500, 64), white(500, 64), changed(white(500, 64), 7, math.inf, 0)),), NOT_FINITE),
+    "as before": ((blind(), blind()), NOT_YET),
+    "a plateau, thin and blind as before": ((tuple(white(500, 1, k) @ white(1, 64, 5) for k in range(3)),
+                                             tuple(white(500, 1, k + 9) @ white(1, 64, 5) for k in range(3))), NOT_YET),
+    "in one direction as before": (((1 + 1e-3 * white(500, 64),) * 3, (1 + 1e-3 * white(500, 64, 1),) * 3), NOT_YET),
+    "one step": ((near(1.02 * white(500, 64)), near(white(500, 64))), NOTHING)}
+
+
+def sentence_of(name):
+    (z, *views), untrained, labels = [*SYNTHETIC[name][0], None, None][:3]
+    return verdict(collapse_panel(z, *views, labels=labels), untrained and collapse_panel(*untrained))
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)
 def test_verdict_on_synthetic_embeddings(name):
-    embeddings, expected = SYNTHETIC[name]
-    sentence = verdict(collapse_panel(*embeddings))
-    assert sentence.startswith(expected), sentence
+    expected = SYNTHETIC[name][1]
+    sentence = sentence_of(name)
+    assert sentence.startswith(tuple(expected) if isinstance(expected, list) else expected), sentence
+    assert sentence.endswith(".") and "nan" not in sentence and "\n" not in sentence
+
+
+def test_there_are_forty_cases_and_ten_runs():
+    assert len(SYNTHETIC) >= 40 and len(RUNS) >= 10
+
+
+@pytest.mark.parametrize("name, words", [
+    ("a fifth of the images at one point", "20% of the images lie at one point"),
+    ("fifty distinct rows in five thousand", "only 1.00% of the embeddings are distinct"),
+    ("a rare class at one point", "the images of 1 of 2 classes (1)"),
+    ("half of the dimensions dead", "32 of 64 dimensions are dead"), ("all positive", "mean cosine of two images is 0.97"),
+    ("NaN", "1 of 500 embeddings (rows 3). The rest: No collapse"), ("zeros", "all embeddings are equal"),
+    ("none finite", "500 of 500 embeddings are not finite (rows 0, 1, 2, ...)"),
+    ("noise, without views", "spread in 57 of at most 64 dimensions, but without two views of each image noise cannot be told"),
+    ("a constant plus 5 % noise, without views", "the mean cosine of two images is 0.998"),
+    ("width 1", "have no dimensions")])
+def test_the_sentence_says_how_much_and_where(name, words):
+    assert words in sentence_of(name), sentence_of(name)
 
 
 def test_all_positive_features_have_the_mean_cosine_that_the_table_says():
     assert collapse_panel(positive())["cosine"] == pytest.approx(0.97, abs=0.005)
 
 
-@pytest.mark.parametrize("name, expected", [("white", HEALTHY), ("a line", THIN), ("a constant plus noise", ONE_POINT)])
-def test_verdict_without_views(name, expected):
-    z, _, _ = SYNTHETIC[name][0]
-    sentence = verdict(collapse_panel(z))
-    assert sentence.startswith(expected)
-    assert "views" not in sentence
+def test_no_bound_is_quoted_that_the_value_keeps():
+    """"RankMe 5 of at most 4": it is uncentred."""
+    for name in SYNTHETIC:
+        for value, most in re.findall(r"is ([\d.]+) of at most (\d+)", sentence_of(name)):
+            assert float(value) <= int(most) + .005, sentence_of(name)
+        for value, bound in re.findall(r"(?:participation|RankMe) is ([\d.]+) of at most \d+ \(bound ([\d.]+)\)", sentence_of(name)):
+            assert float(value) < float(bound)
+
+
+# ---- The panel: rows of zeros, equal ones, classes, samples ---------------------------------------------------
+def test_uniformity_with_rows_of_zeros_by_brute_force():
+    z = white(300, 8)
+    z[::2] = 0
+    unit = F.normalize(z)
+    squared = (unit[:, None] - unit[None]).square().sum(2)
+    expected = (-2 * squared[~torch.eye(300, dtype=torch.bool)]).exp().mean().log()
+    assert collapse_panel(z)["uniformity"] == pytest.approx(expected.item(), abs=1e-9)
+
+
+def test_distinct_and_at_one_point_by_brute_force():
+    generator = torch.Generator().manual_seed(3)
+    for trial in range(30):
+        n, kinds, d = 40 + trial, 1 + trial, 3 + trial % 5
+        pick = torch.randint(kinds + 1, (n,), generator=generator)
+        z = torch.randn(kinds + 1, d, generator=generator, dtype=torch.float64)[pick]
+        alone = torch.rand(n, generator=generator) < .3
+        z[alone] = torch.randn(int(alone.sum()), d, generator=generator, dtype=torch.float64)
+        _, sizes = z.unique(dim=0, return_counts=True)
+        found = collapse_panel(z)
+        assert found["distinct"] == pytest.approx(len(sizes) / n), trial
+        assert found["at one point"] == pytest.approx(sizes.max().item() / n if sizes.max() > 1 else 0)
+
+
+def test_classes_at_one_point_are_named_by_their_labels():
+    z = white(100, 6)
+    labels = torch.arange(100) % 4 * 10
+    z[labels == 20] = 5 + 1e-3 * white(25, 6)
+    found = collapse_panel(z, labels=labels[:, None].numpy())
+    assert (found["classes"], found["classes at one point"]) == (4, [20])
+    for wrong in (labels[:50], labels.double() + .5, ["a"] * 100):
+        with pytest.raises(ValueError, match="labels must be whole numbers"):
+            collapse_panel(z, labels=wrong)
+
+
+def test_rows_that_are_not_finite_are_left_out_of_all_measures():
+    z = white(200, 10)
+    views = [z + .1 * white(200, 10, k) for k in (1, 2)]
+    expected = collapse_panel(z[3:], *(view[3:] for view in views))
+    z[0, 3], views[0][1, 0], views[1][2] = math.nan, math.inf, -math.inf
+    found = collapse_panel(z, *views)
+    assert found.pop("not finite") == 3 and found.pop("not finite rows") == [0, 1, 2]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_of_many_rows_a_sample_is_looked_at_and_said(monkeypatch, tmp_path):
+    z = white(3000, 12)
+    z[::2] = z[0]
+    np.save(tmp_path / "z.npy", z.numpy())
+    mapped = np.load(tmp_path / "z.npy", mmap_mode="r")
+    whole = collapse_panel(z)
+    assert collapse_panel(mapped) == pytest.approx(whole, rel=1e-12)
+    monkeypatch.setattr(collapse, "MOST", 600)
+    found = collapse_panel(mapped)
+    assert found.pop("sample") == 600
+    for name in ("raw std", "std", "cosine", "RankMe", "participation", "dead"):
+        assert found[name] == pytest.approx(whole[name], rel=1e-12)
+    assert found["at one point"] == pytest.approx(.5, abs=.06)
+    assert "equal images were sought among 600" in verdict(collapse_panel(z, z, z)) or found["at one point"] > .05
+
+
+# ---- In a foreign loop -----------------------------------------------------------------------------------------
+def test_a_watch_compares_with_the_start_and_leaves_the_network_as_it_is():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.BatchNorm1d(16))
+    x = torch.randn(100, 20)
+    views = [x + .1 * torch.randn(100, 20) for _ in range(2)]
+    watch = CollapseWatch(network, x, *views)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    assert watch().startswith(NOTHING) and network.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state[name])
+    with torch.no_grad():
+        network[0].weight.zero_()
+    assert watch().startswith(ONE_POINT) and watch.panel["raw std"] == 0 and watch.untrained["raw std"] > 0
+    assert CollapseWatch(lambda x: x[:, :4], x, *views)().startswith(NOTHING)
 
 
 def test_the_sentence_names_the_criterion_that_failed_with_value_and_bound_alone():
@@ -301,11 +459,10 @@ def test_the_sentence_names_the_criterion_that_failed_with_value_and_bound_alone
 
 
 def test_what_is_no_narrower_than_before_training_is_not_called_collapsed():
-    blind = collapse_panel(*[white(500, 64, k) for k in range(3)])
-    shrunk = collapse_panel(*[0.1 * white(500, 64, k) for k in range(3)])
-    assert verdict(blind, blind).startswith(NOT_YET)
-    assert verdict(shrunk, blind).startswith(ONE_POINT)
-    assert "raw std is 0.1 of the untrained network's (bound 0.3)" in verdict(shrunk, blind)
+    before, shrunk = collapse_panel(*blind()), collapse_panel(*blind(.1))
+    assert verdict(before, before).startswith(NOT_YET)
+    assert verdict(shrunk, before).startswith(ONE_POINT)
+    assert "raw std is 0.1 of the untrained network's (bound 0.3)" in verdict(shrunk, before)
 
 
 def test_what_training_has_shrunk_is_collapsed_though_views_are_not_wholly_apart():
@@ -318,7 +475,7 @@ def test_what_training_has_shrunk_is_collapsed_though_views_are_not_wholly_apart
     assert .5 < half_seen["view ratio"] < .8 and seen["view ratio"] < .3
     assert verdict(half_seen, untrained).startswith(ONE_POINT)
     assert "(bound 0.45)" in verdict(half_seen, untrained)
-    assert verdict(untrained, untrained).startswith(HEALTHY)
+    assert verdict(untrained).startswith(HEALTHY) and verdict(untrained, untrained).startswith(NOTHING)
     assert verdict(half_seen).startswith(HEALTHY)                        # an untrained panel is what tells
     assert verdict(seen, untrained).startswith(HEALTHY)                  # small, but each image is known
 
@@ -360,3 +517,107 @@ def test_few_label_accuracy_is_sklearns_nearest_centroid_of_the_chosen(labels):
         scores.append(NearestCentroid().fit(unit[rows], y[rows]).score(unit_test, y_test))
     expected = sum(scores) / 7
     assert few_label_accuracy(h, y, h_test, y_test, labels, draws=7) == pytest.approx(expected) and .2 < expected < 1
+
+
+# ---- Probes that refuse ------------------------------------------------------------------------------------------
+def clusters(n=400, classes=10, d=16, spread=.3, seed=0):
+    """Features and labels of so many for training and half as many for testing, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, d, generator=generator, dtype=torch.float64)
+    y = torch.arange(n + n // 2) % classes
+    h = centres[y] + spread * torch.randn(len(y), d, generator=generator, dtype=torch.float64)
+    return h[:n], y[:n], h[n:], y[n:]
+
+
+def knn_in_float64(h, y, h_test, y_test, k=5, temperature=.07):
+    h, h_test = (x.double() / x.double().abs().amax(1, keepdim=True).clamp(min=1e-300) for x in (h, h_test))
+    unit, unit_test = (x / x.norm(dim=1, keepdim=True).clamp(min=1e-300) for x in (h, h_test))
+    cosine, rows = (unit_test @ unit.T).topk(min(k, len(h)))
+    right = 0
+    for values, own, label in zip(cosine, y[rows], y_test):
+        votes = {}
+        for value, name in zip(values.tolist(), own.tolist()):
+            votes[name] = votes.get(name, 0) + math.exp((value - values[0]) / temperature)
+        right += max(sorted(votes), key=votes.get) == int(label)
+    return right / len(y_test)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("case", ["plain", "a row of zeros", "long rows", "short rows", "one direction", "extreme"])
+def test_knn_computes_in_fp32_or_finer_whatever_comes_in(dtype, case):
+    h, y, h_test, y_test = clusters()
+    if case == "a row of zeros":
+        h[0] = 0
+    elif case == "long rows":                            # of which squares, or norms, leave half precision
+        h[5] *= 6e4 / h[5].abs().max()
+        h_test[7] *= 6e4 / h_test[7].abs().max()
+    elif case == "short rows":
+        h, h_test = 1e-4 * h, 1e-4 * h_test
+    elif case == "one direction":
+        h, h_test = 20 + h, 20 + h_test
+    elif case == "extreme" and dtype in (torch.float32, torch.bfloat16):
+        h, h_test = 1e-30 * h, 1e30 * h_test
+    elif case == "extreme" and dtype == torch.float64:
+        h, h_test = 1e-200 * h, 1e200 * h_test
+    h, h_test = h.to(dtype), h_test.to(dtype)
+    got = knn_accuracy(h, y, h_test, y_test)
+    assert got == pytest.approx(knn_in_float64(h, y, h_test, y_test), abs=.011) and got > .4
+    few = few_label_accuracy(h, y, h_test, y_test, 10)
+    if case != "extreme":
+        assert few == pytest.approx(few_label_accuracy(h.double(), y, h_test.double(), y_test, 10), abs=.02)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, .001, .01, .011, .07, 1, 1e6])
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_knn_at_any_temperature_is_that_of_float64(temperature, k):
+    h, y, h_test, y_test = clusters(spread=1.2)
+    expected = knn_in_float64(h, y, h_test, y_test, k, temperature)
+    assert knn_accuracy(h, y, h_test, y_test, k, temperature) == expected
+    assert knn_accuracy(h.float(), y, h_test.float(), y_test, k, temperature) == pytest.approx(expected, abs=.011)
+
+
+def test_knn_where_exp_of_a_cosine_overflows():
+    h, test = torch.tensor([[1, .2], [1, .01], [1, 0]]), torch.tensor([[1., 0]])
+    assert knn_accuracy(h, torch.tensor([0, 1, 1]), test, torch.tensor([1]), k=3, temperature=.011) == 1
+
+
+def test_probes_take_labels_of_medmnists_shape_and_numpy_and_any_numbers():
+    h, y, h_test, y_test = clusters()
+    for probe in (knn_accuracy, lambda *known: few_label_accuracy(*known, 5)):
+        expected = probe(h, y, h_test, y_test)
+        assert expected > .9
+        assert probe(h, y[:, None], h_test, y_test[:, None]) == expected
+        assert probe(h, y, h_test, y_test[:, None].numpy().astype(np.uint8)) == expected
+        assert probe(h.numpy(), y.numpy(), h_test.numpy(), y_test.numpy()) == expected
+        assert probe(h, [*y.tolist()], h_test, y_test.double()) == expected
+        assert probe(h, y - 5, h_test, y_test - 5) == expected                 # from below 0
+        assert probe(h, 10**12 * y, h_test, 10**12 * y_test) == expected       # and far apart
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(h=(7, math.nan)), "1 of 400 rows of h are not finite: 7"), (dict(h=(7, math.inf)), "rows of h are not finite"),
+    (dict(h_test=(3, -math.inf)), "1 of 200 rows of h_test are not finite: 3"),
+    (dict(y=slice(399)), r"y must be whole numbers \[400\]"), (dict(y_test=slice(1)), r"y_test must be whole numbers \[200\]"),
+    (dict(y=.5), "y must be whole numbers"), (dict(columns=3), "h_test must be float features"),
+    (dict(kind=torch.long), "h must be float features"), (dict(temperature=0), "temperature > 0"),
+    (dict(temperature=-1), "temperature > 0"), (dict(temperature=math.nan), "temperature > 0"),
+    (dict(temperature=math.inf), "temperature > 0"), (dict(k=0), "k >= 1"), (dict(labels=0), "labels >= 1"),
+    (dict(draws=0), "draws >= 1")])
+def test_probes_refuse_what_means_nothing(change, words):
+    h, y, h_test, y_test = clusters()
+    for name, x in (("h", h), ("h_test", h_test)):
+        if name in change:
+            row, value = change[name]
+            x[row, 2] = value
+    y = y + change["y"] if change.get("y") == .5 else y[change["y"]] if "y" in change else y
+    y_test = y_test[change["y_test"]] if "y_test" in change else y_test
+    h = h.to(change.get("kind", h.dtype))
+    h_test = h_test[:, :change.get("columns", 16)]
+    of_knn = {name: change[name] for name in ("k", "temperature") if name in change}
+    of_few = {name: change[name] for name in ("labels", "draws") if name in change}
+    if not of_few:
+        with pytest.raises(ValueError, match=words):
+            knn_accuracy(h, y, h_test, y_test, **of_knn)
+    if not of_knn:
+        with pytest.raises(ValueError, match=words):
+            few_label_accuracy(h, y, h_test, y_test, **{"labels": 5} | of_few)

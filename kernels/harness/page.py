@@ -113,11 +113,12 @@ def address(kind, data):
 # ---- The page ----------------------------------------------------------------------------------------------
 def table(rows):
     """{row: {column: number}} as HTML."""
-    columns, *_ = rows.values()
+    first, *_ = rows.values()
+    columns = [name for name, value in first.items() if not isinstance(value, list)]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     lines = [f"<tr><th></th>{head}</tr>"]
     for name, row in rows.items():
-        cells = "".join(f"<td>{row[column]:.4g}</td>" for column in columns)
+        cells = "".join(f"<td>{row.get(column, np.nan):.4g}</td>" for column in columns)
         lines.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
     return f"<div class='wide'><table>{''.join(lines)}</table></div>"
 

@@ -140,7 +140,9 @@ def probe_of_random_encoder(encoder, data):
 
 def print_table(rows):
     """{row: {column: number}}, a column as wide as its name."""
-    columns, *_ = rows.values()
+    first, *_ = rows.values()
+    shared = [name for name in first if all(name in row for row in rows.values())]
+    columns = [name for name in shared if not isinstance(first[name], list)]
     width = max(18, *map(len, rows))
     print(f"\n{'':{width}}", *(f"{name:>8}" for name in columns))
     for name, row in rows.items():

@@ -1,0 +1,229 @@
+"""What python -m kernels.collapse does: embeddings from any file, a panel, one sentence, a picture.
+
+    python -m kernels.collapse emb.npy                                  # spread? how far that can be told
+    python -m kernels.collapse emb.npy --views a.npy b.npy              # of two views of each image: healthy?
+    python -m kernels.collapse emb.npz --key z --before untrained.npz --labels labels.npy
+
+Exit code 0: no collapse; 3: collapsed, wholly or in part; 4: cannot tell, or not yet; 2: a mistake.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..collapse import _Rows, collapse_panel, verdict
+from .files import atomic_write
+
+HEALTHY, COLLAPSED, UNKNOWN, MISTAKE = 0, 3, 4, 2
+TRIED = "embeddings", "features", "z", "h", "test_features", "train_features"      # keys, in this order
+SHOWN = 5000                                             # rows in the picture
+
+
+def refuse(message):
+    print(f"collapse: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(MISTAKE)
+
+
+# ---- Files -------------------------------------------------------------------------------------------------
+def choose(path, names, key, shape_of):
+    """The key to take of a file that holds several arrays."""
+    if key:
+        if key not in names:
+            raise ValueError(f"{path} has no {key}, but {', '.join(names)}")
+        return key
+    tables = [name for name in names if len(shape_of(name)) == 2 and min(shape_of(name)) > 0]
+    known = [name for name in TRIED if name in tables]
+    if known or len(tables) == 1:
+        return (known or tables)[0]
+    raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}: say which are the embeddings, by --key")
+
+
+def read(path, key=None):
+    """An array or tensor [N, D] of a .npy, .npz, .pt, .csv or .safetensors file, .npy mapped.
+
+    What is one axis more is refused; ValueError or OSError for what cannot be read.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind == ".npy":
+        return np.load(path, mmap_mode="r")
+    if kind == ".npz":
+        with np.load(path) as found:
+            name = choose(path, found.files, key, lambda name: found[name].shape)
+            print(f"{path}: {name}")
+            return found[name]
+    if kind in (".pt", ".pth"):
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(found, torch.Tensor):
+            return found
+        found = {name: value for name, value in dict(found).items() if isinstance(value, torch.Tensor)}
+        name = choose(path, [*found], key, lambda name: found[name].shape)
+        print(f"{path}: {name}")
+        return found[name]
+    if kind == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{path} is read by the package safetensors: pip install safetensors")
+        found = load_file(path)
+        name = choose(path, [*found], key, lambda name: found[name].shape)
+        print(f"{path}: {name}")
+        return found[name]
+    if kind in (".csv", ".tsv", ".txt"):
+        return read_table(path)
+    raise ValueError(f"{path} ends in {kind or 'nothing'}: give .npy, .npz, .pt, .csv or .safetensors")
+
+
+def read_table(path):
+    """Numbers of a .csv, [N, D]; columns that hold words are left out, and so is a first line of names."""
+    import csv
+    with open(path, newline="", encoding="utf-8-sig") as text:
+        lines = [line for line in csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",") if line]
+
+    def number(word):
+        try:
+            return float(word)
+        except ValueError:
+            return None
+
+    named = bool(lines) and len(lines) > 1 and None in map(number, lines[0][-1:])
+    # Names of columns may be numbers (0, 1, ...), as kernels.embed writes them: then the first is a word.
+    named = named or (len(lines) > 1 and number(lines[0][0]) is None and number(lines[1][0]) is None
+                      and lines[0][0] in ("file", "files", "name", "id"))
+    rows = lines[named:]
+    if not rows or len({len(row) for row in rows}) != 1:
+        raise ValueError(f"{path} is no table of rows of one length")
+    columns = [k for k, word in enumerate(rows[0]) if number(word) is not None]
+    if len(columns) < len(rows[0]):
+        print(f"{path}: {len(rows[0]) - len(columns)} columns of words are left out")
+    x = np.array([[number(row[k]) for k in columns] for row in rows], dtype=object)
+    if None in x:
+        row = next(k for k, line in enumerate(x) if None in line)
+        raise ValueError(f"{path}: row {row + 1} holds words among its numbers")
+    return x.astype(np.float64)
+
+
+def as_floats(x, path):
+    """Integers as float64, and what is no table refused."""
+    shape = [*x.shape]
+    if x.ndim != 2:
+        raise ValueError(f"{path} holds {x.dtype} {shape}: embeddings are [N, D], one row an image")
+    kind = "f" if isinstance(x, torch.Tensor) and x.is_floating_point() else \
+        "i" if isinstance(x, torch.Tensor) else x.dtype.kind
+    if kind not in "fiub":
+        raise ValueError(f"{path} holds {x.dtype} {shape}, no numbers")
+    if kind != "f":
+        return x.double() if isinstance(x, torch.Tensor) else x.astype(np.float64)
+    return x
+
+
+def read_labels(path, key, count):
+    """Labels [N] as numbers, and what they are called."""
+    path = Path(path)
+    if path.suffix.lower() == ".csv":
+        words = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        words = words[-count:] if len(words) == count + 1 else words         # the column has a name
+    elif path.suffix.lower() == ".npz":
+        with np.load(path) as found:
+            names = [name for name in found.files if found[name].size == count]
+            if not key and len(names) != 1:
+                raise ValueError(f"{path} has {len(names)} arrays of {count}: say which, by --labels-key")
+            words = found[key or names[0]].ravel()
+    else:
+        words = np.asarray(read(path)).ravel()
+    if len(words) != count:
+        raise ValueError(f"{path} holds {len(words):,} labels for {count:,} embeddings")
+    names, labels = np.unique(np.asarray(words).astype(str), return_inverse=True)
+    return torch.from_numpy(labels.ravel()), names
+
+
+# ---- The picture -------------------------------------------------------------------------------------------
+def plot(z, path, sentence):
+    """First two principal components, spectrum, distances to the nearest other, of up to 5,000 rows."""
+    from matplotlib.figure import Figure
+    x = _Rows(z).some(SHOWN).whole().double()
+    x = x[x.isfinite().all(dim=1)]
+    x = x - x.mean(dim=0)
+    _, singular, axes = torch.linalg.svd(x, full_matrices=False)
+    variances = singular.square() / (len(x) - 1)
+    points = x @ axes[:2].T
+    distances = torch.cat([torch.cdist(part, x).topk(2, largest=False).values[:, 1] for part in x.split(500)])
+    typical = (2 * variances.sum()).sqrt().clamp(min=1e-300)
+
+    figure = Figure(figsize=(14, 4.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    shown = F.pad(points, (0, max(0, 2 - points.shape[1])))
+    left.scatter(*shown.T, s=4, alpha=0.5)
+    left.set(title=f"{len(x):,} embeddings, first two components", aspect="equal", adjustable="datalim")
+    share = (variances / variances.sum().clamp(min=1e-300)).clamp(min=1e-12)
+    middle.semilogy(range(1, len(share) + 1), share)
+    middle.set(title="share of the variance", xlabel="component", ylim=(None, 1.5))
+    right.hist((distances / typical).numpy(), bins=60, range=(0, max(1, float((distances / typical).max()))))
+    right.set(title="distance to the nearest other", xlabel="in distances of two images (root mean square)")
+    figure.suptitle(sentence, fontsize=10, wrap=True)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower(), dpi=120)
+
+
+# ---- The command -------------------------------------------------------------------------------------------
+def code_of(sentence):
+    if sentence.startswith("No collapse"):
+        return HEALTHY
+    return COLLAPSED if "COLLAPSE" in sentence.split(":")[0] else UNKNOWN
+
+
+def in_words(value):
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+
+
+def panel_of(name, views, key, labels=None):
+    sets = [as_floats(read(path, key), path) for path in (name, *views)]
+    return sets[0], collapse_panel(*sets, labels=labels)
+
+
+def main():
+    codes = "Exit code 0: no collapse; 3: collapsed; 4: cannot tell, or not yet; 2: a mistake."
+    parser = argparse.ArgumentParser("python -m kernels.collapse", allow_abbrev=False, epilog=codes,
+                                     description="Have these embeddings collapsed? A panel and one sentence.")
+    parser.error = refuse
+    add = parser.add_argument
+    add("file", help="embeddings [N, D]: .npy, .npz, .pt, .csv, .safetensors")
+    add("--views", nargs=2, default=[], metavar="FILE", help="embeddings of two views of each image")
+    add("--before", help="embeddings of the same images by the untrained network")
+    add("--before-views", nargs=2, default=[], metavar="FILE", help="and of their two views")
+    add("--labels", help="a class or group of each image: .npy, .npz, .csv of one column")
+    add("--key", help="of a file that holds several arrays: which are the embeddings")
+    add("--labels-key", help="and which the labels")
+    add("--out", type=Path, help="a picture: .png, .pdf or .svg")
+    args = parser.parse_args()
+    if args.out and args.out.suffix.lower() not in (".png", ".pdf", ".svg"):
+        refuse(f"--out {args.out}: its ending must be .png, .pdf or .svg")
+    if args.before_views and not (args.before and args.views):
+        refuse("--before-views is for --before and --views")
+    try:
+        labels = names = None
+        if args.labels:
+            count = len(read(args.file, args.key))
+            labels, names = read_labels(args.labels, args.labels_key, count)
+        z, panel = panel_of(args.file, args.views, args.key, labels)
+        if names is not None:
+            panel["classes at one point"] = [str(names[k]) for k in panel.get("classes at one point", [])]
+        before = panel_of(args.before, args.before_views, args.key)[1] if args.before else None
+        sentence = verdict(panel, before)
+        for name, value in panel.items():
+            earlier = f"   before {in_words(before[name])}" if before and name in before else ""
+            print(f"{name:22}{in_words(value):>12}{earlier}")
+        if args.out:
+            plot(z, args.out, sentence)
+            print(f"picture: {args.out}")
+    except Exception as error:                           # of files: NumPy, torch and csv raise a dozen kinds
+        text = str(error) or type(error).__name__
+        text = "it holds Python objects, no numbers" if "pickle" in text else text
+        refuse(text if args.file in text or "--" in text else f"{args.file}: {text}")
+    print(f"\n{sentence}")
+    sys.exit(code_of(sentence))

@@ -1,0 +1,127 @@
+"""python -m kernels.collapse as its user runs it, with files from anywhere."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scripts import ONE_THREAD, ROOT
+
+
+def run(folder, *arguments):
+    command = [sys.executable, "-m", "kernels.collapse", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**ONE_THREAD, "PYTHONPATH": str(ROOT)})
+
+
+def white(n=400, d=24, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, d))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embeddings")
+    z = white()
+    np.save(folder / "z.npy", z.astype(np.float32))
+    for k in (1, 2):
+        np.save(folder / f"z{k}.npy", (z + .1 * white(seed=k)).astype(np.float32))
+        np.save(folder / f"blind{k}.npy", white(seed=10 + k))
+    np.save(folder / "line.npy", white(d=1) @ white(1, 24))
+    np.save(folder / "noise.npy", 1 + .05 * white(d=384))
+    nan = z.copy()
+    nan[17, 3] = np.nan
+    np.save(folder / "nan.npy", nan)
+    rare = z.copy()
+    rare[390:] = 1
+    np.save(folder / "rare.npy", rare)
+    np.save(folder / "labels.npy", np.array(["cat"] * 390 + ["rare"] * 10))
+    (folder / "labels.csv").write_text("class\n" + "cat\n" * 390 + "rare\n" * 10)
+    np.savez(folder / "ours.npz", features=z, files=np.arange(400))
+    np.savez(folder / "two.npz", a=z, b=z)
+    np.savez(folder / "labelled.npz", z=rare, y=[0] * 390 + [1] * 10)
+    torch.save(torch.from_numpy(z), folder / "z.pt")
+    torch.save({"embeddings": torch.from_numpy(z), "epoch": 3}, folder / "dict.pt")
+    lines = [f"{k}.png," + ",".join(map(str, row)) for k, row in enumerate(z)]
+    (folder / "z.csv").write_text("\n".join(["file," + ",".join(map(str, range(24))), *lines]) + "\n")
+    (folder / "plain.csv").write_text("\n".join(",".join(map(str, row)) for row in z) + "\n")
+    np.save(folder / "images.npy", np.zeros((5, 8, 8), np.float32))
+    np.save(folder / "objects.npy", np.array([{}, []], dtype=object))
+    np.save(folder / "few.npy", z[:3])
+    (folder / "words.csv").write_text("a,1\nb,c\n")
+    (folder / "z.h5").write_bytes(b"x")
+    (folder / "broken.npz").write_bytes(b"x")
+    return folder
+
+
+@pytest.mark.parametrize("arguments, code, words", [
+    ("z.npy --views z1.npy z2.npy", 0, "No collapse: the squared distance"),
+    ("z.npy", 4, "CANNOT TELL: spread in 23 of at most 24"), ("noise.npy", 4, "CANNOT TELL"),
+    ("line.npy", 3, "DIMENSIONAL COLLAPSE"), ("z.npy --views blind1.npy blind2.npy", 3, "COLLAPSED, or not trained yet"),
+    ("nan.npy", 4, "NOT FINITE: 1 of 400 embeddings (rows 17)"),
+    ("rare.npy --labels labels.npy", 3, "PARTIAL COLLAPSE: each at one point are the images of 1 of 2 classes (rare)"),
+    ("rare.npy --labels labels.csv", 3, "1 of 2 classes (rare)"),
+    ("labelled.npz --labels labelled.npz", 3, "1 of 2 classes (1)"),
+    ("z.npy --views z1.npy z2.npy --before z.npy --before-views z1.npy z2.npy", 4, "NOTHING LEARNT YET"),
+    ("ours.npz", 4, "CANNOT TELL"), ("two.npz --key b", 4, "CANNOT TELL"), ("z.pt", 4, "CANNOT TELL"), ("dict.pt", 4, "CANNOT TELL"),
+    ("z.csv", 4, "spread in 23 of at most 24"), ("plain.csv", 4, "spread in 23 of at most 24")])
+def test_one_command_one_sentence_and_an_exit_code(place, arguments, code, words):
+    done = run(place, *arguments.split())
+    last = done.stdout.strip().splitlines()[-1]
+    assert done.returncode == code and words in last, done.stderr or done.stdout
+    assert "participation" in done.stdout and "samples" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["z.npy", "line.npy", "nan.npy"])
+def test_a_picture(place, name):
+    done = run(place, name, "--out", "picture.png")
+    assert "picture: picture.png" in done.stdout, done.stderr
+    assert Image.open(place / "picture.png").size[0] > 1200
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("", "the following arguments are required: file"), ("nowhere.npy", "nowhere.npy"), ("z.h5", "z.h5 ends in .h5: give .npy"),
+    ("two.npz", "two.npz holds a, b: say which are the embeddings, by --key"), ("two.npz --key c", "has no c, but a, b"),
+    ("images.npy", "images.npy holds float32 [5, 8, 8]: embeddings are [N, D]"), ("objects.npy", "Python objects"),
+    ("few.npy", "N >= 4"), ("broken.npz", "broken.npz"), ("words.csv", "words"),
+    ("z.npy --views z1.npy few.npy", "views of the shape of z"), ("z.npy --labels few.npy", "holds 72 labels for 400"),
+    ("z.npy --out x.jpeg", "its ending must be"), ("z.npy --before-views z1.npy z2.npy", "--before-views is for")])
+def test_mistakes_end_in_one_line(place, arguments, words):
+    done = run(place, *arguments.split())
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_mapped_million_is_read_in_parts(place):
+    """The same as from memory; a slow test holds time and memory of a million rows."""
+    np.save(place / "many.npy", white(9000, 8).astype(np.float16))
+    done = run(place, "many.npy")
+    assert done.returncode == 4 and "9,000" in done.stdout, done.stderr
+
+
+MILLION = """
+import resource, sys, time
+sys.argv = ["collapse", "million.npy"]
+started = time.monotonic()
+from kernels.harness.instrument import main
+try:
+    main()
+except SystemExit as end:
+    print("code", end.code)
+print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_by_128_within_five_minutes_and_two_gigabytes(tmp_path):
+    out = np.lib.format.open_memmap(tmp_path / "million.npy", "w+", np.float32, (1_000_000, 128))
+    for first in range(0, 1_000_000, 10_000):
+        out[first:first + 10_000] = white(10_000, 128, seed=first)
+    out.flush()
+    done = subprocess.run([sys.executable, "-c", MILLION], cwd=tmp_path, capture_output=True, text=True,
+                          env={**ONE_THREAD, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)})
+    *_, last = done.stdout.strip().splitlines()
+    seconds, gigabytes = map(float, last.split())
+    print(f"{seconds:.0f} s, {gigabytes:.2f} GB")
+    assert "sample                      50,000" in done.stdout and "code 4" in done.stdout, done.stdout + done.stderr
+    assert seconds < 300 and gigabytes < 2
