@@ -415,6 +415,8 @@ def verdict(panel, untrained=None):
             return f"COLLAPSED, or not trained yet: {blind}."
         if thin and narrower:
             return f"COLLAPSED: {blind}, {thin}, and {narrower}."
+        if narrower:
+            return f"NOT SPREAD YET: {blind}; {narrower}, but they do not lie in few dimensions."
         return f"NOT SPREAD YET: {blind}, but no narrower than before training."
     if thin:
         return f"DIMENSIONAL COLLAPSE: {thin}."

@@ -16,11 +16,9 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from kernels import CollapseWatch, collapse, collapse_panel, few_label_accuracy, knn_accuracy, verdict
 from kernels.harness.cli import read_data
+from embeddings import (HEALTHY, NOT_YET, NOTHING, ONE_POINT, SYNTHETIC, THIN, blind, line, near, positive, sentence_of,
+                        white)
 from scripts import ROOT, forked
-
-
-def white(n, d, seed=0):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ---- The panel: definitions ----------------------------------------------------------------------------------
@@ -172,7 +170,6 @@ def test_twonn_leaves_out_points_that_have_a_duplicate():
 # What is wrong: (script, options, the verdicts it may get). Small and short: 512 digits, a narrow encoder, some 300
 # steps. FALCON's embeddings have one length, and without its prior they stay as they start, in one direction: that is
 # "not spread yet" after 300 steps; the default length has to end in "collapsed" (slow).
-HEALTHY, ONE_POINT, THIN, NOT_YET = "No collapse", "COLLAPSED", "DIMENSIONAL COLLAPSE", "NOT SPREAD YET"
 RUNS = {
     "VICReg": ("vicreg.py", "--batch 32 --epochs 20", [HEALTHY]),
     "IConE": ("icone.py", "--batch 16 --epochs 20", [HEALTHY]),
@@ -236,106 +233,6 @@ def test_an_untrained_network_is_not_called_collapsed(reports, run):
 
 
 # ---- The verdict: synthetic embeddings --------------------------------------------------------------------------
-CANNOT_TELL, PARTIAL, NOT_FINITE, NOTHING = "CANNOT TELL", "PARTIAL COLLAPSE", "NOT FINITE", "NOTHING LEARNT YET"
-
-
-def near(z):
-    """Two views that know their image."""
-    scale = z.std()
-    return z, z + 0.1 * scale * white(*z.shape, 8), z + 0.1 * scale * white(*z.shape, 9)
-
-
-def blind(scale=1., d=64):
-    return tuple(scale * white(500, d, k) for k in range(3))
-
-
-def line():
-    return white(500, 1) @ white(1, 64, 1)
-
-
-def four_points():
-    return white(4, 64)[torch.arange(500) % 4]
-
-
-def positive():
-    """All-positive features with a mean cosine of 0.97."""
-    return 1 + 0.175 * white(500, 64)
-
-
-def changed(z, rows, value, columns=slice(None)):
-    z = z.clone()
-    z[rows, columns] = value
-    return z
-
-
-def images_at_a_point(share, n=500):
-    z = white(n, 64)
-    z[:int(share * n)] = z[0]
-    return z
-
-
-CLASSES = torch.arange(500) % 5
-RARE = torch.cat([torch.zeros(480), torch.ones(20)]).long()
-UNTRAINED = near(.1 * white(500, 64) + 1)                            # as many dimensions, in one direction
-SYNTHETIC = {  # name: (embeddings of images, of two views; of the untrained network; labels), the verdict
-    "white": ((near(white(500, 64)),), HEALTHY),
-    "all positive": ((near(positive()),), HEALTHY),
-    "small but whole": ((near(1e-3 * white(500, 64)),), HEALTHY),
-    "as small as fp32 can be": ((near(1e-30 * white(500, 64)),), HEALTHY),
-    "fewer samples than dimensions": ((near(white(12, 512)),), HEALTHY),
-    "four samples": ((near(white(4, 64)),), HEALTHY),
-    "half precision": ((tuple(z.half() for z in near(white(500, 64))),), HEALTHY),
-    "bfloat16": ((tuple(z.bfloat16() for z in near(white(500, 64))),), HEALTHY),
-    "NumPy arrays": ((tuple(z.numpy() for z in near(white(500, 64))),), HEALTHY),
-    "big-endian arrays": ((tuple(z.numpy().astype(">f4") for z in near(white(500, 64))),), HEALTHY),
-    "each image twice": ((near(white(250, 64).repeat(2, 1)),), HEALTHY),
-    "a few equal images": ((near(images_at_a_point(.02)),), HEALTHY),
-    "a twentieth of the dimensions dead": ((near(changed(white(500, 64), slice(None), 3., slice(3))),), HEALTHY),
-    "half of the dimensions dead": ((near(changed(white(500, 64), slice(None), 3., slice(32))),), HEALTHY),
-    "a fifth of the rows zero length's neighbours": ((near(white(500, 64) * torch.rand(500, 1, dtype=torch.float64)),), HEALTHY),
-    "healthy classes": ((near(white(500, 64)), None, CLASSES), HEALTHY),
-    "clusters": ((near(white(5, 64)[CLASSES] + .5 * white(500, 64, 4)), None, CLASSES), HEALTHY),
-    "trained": ((near(white(500, 64)), UNTRAINED), HEALTHY),
-    "a constant": (((torch.ones(500, 64),) * 3,), ONE_POINT),
-    "a constant, before it as well": (((torch.ones(500, 64),) * 3, (torch.ones(500, 64),) * 3), ONE_POINT),
-    "zeros": (((torch.zeros(500, 64),) * 3,), ONE_POINT),
-    "a constant plus noise": (((1 + 1e-3 * white(500, 64),) * 3,), ONE_POINT),
-    "a constant plus noise, that training shrank": (((1 + 1e-3 * white(500, 64),) * 3, UNTRAINED), ONE_POINT),
-    "a constant plus noise of each view": ((tuple(1 + 0.1 * white(500, 64, k) for k in range(3)),), ONE_POINT),
-    "views as far apart as images": ((blind(),), ONE_POINT),
-    "shrunk and blind": ((blind(.1), blind()), ONE_POINT),
-    "on a line and blind, which it was not before": ((tuple(white(500, 1, k) @ white(1, 64, 5) for k in range(3)), blind()),
-                                                     ONE_POINT),
-    "more than a tenth not finite": (((changed(white(500, 64), slice(60), math.nan),) * 3,), ONE_POINT),
-    "none finite": (((white(500, 64) * math.inf,) * 3,), ONE_POINT),
-    "a line": ((near(line()),), THIN),
-    "a line, without views": ((line()[None],), THIN),
-    "four points": (((four_points(),) * 3,), THIN),
-    "a line and noise": ((near(line() + 0.05 * white(500, 64, 2)),), THIN),
-    "half of the images at one point": ((near(images_at_a_point(.5)),), PARTIAL),
-    "a fifth of the images at one point": ((near(images_at_a_point(.2)),), PARTIAL),
-    "a fifth at one point, without views": ((images_at_a_point(.2)[None],), PARTIAL),
-    "fifty distinct rows in five thousand": ((near(white(50, 64).repeat(100, 1)),), PARTIAL),
-    "fifty nearly distinct rows": ((near(white(50, 64).repeat(100, 1) + 1e-6 * white(5000, 64, 3)),), PARTIAL),
-    "a rare class at one point": ((near(changed(white(500, 64), slice(480, None), 1.)), None, RARE), PARTIAL),
-    "each class at a point of its own": ((near(white(5, 64)[CLASSES]), None, CLASSES), [PARTIAL, THIN]),
-    "noise, without views": ((white(500, 64)[None],), CANNOT_TELL),
-    "a constant plus 5 % noise, without views": (((1 + .05 * white(500, 64))[None],), CANNOT_TELL),
-    "width 1": ((near(white(500, 1)),), CANNOT_TELL),
-    "NaN": (((changed(white(500, 64), 3, math.nan, 5),) * 3,), NOT_FINITE),
-    "an infinite view": (((white(500, 64), white(500, 64), changed(white(500, 64), 7, math.inf, 0)),), NOT_FINITE),
-    "as before": ((blind(), blind()), NOT_YET),
-    "a plateau, thin and blind as before": ((tuple(white(500, 1, k) @ white(1, 64, 5) for k in range(3)),
-                                             tuple(white(500, 1, k + 9) @ white(1, 64, 5) for k in range(3))), NOT_YET),
-    "in one direction as before": (((1 + 1e-3 * white(500, 64),) * 3, (1 + 1e-3 * white(500, 64, 1),) * 3), NOT_YET),
-    "one step": ((near(1.02 * white(500, 64)), near(white(500, 64))), NOTHING)}
-
-
-def sentence_of(name):
-    (z, *views), untrained, labels = [*SYNTHETIC[name][0], None, None][:3]
-    return verdict(collapse_panel(z, *views, labels=labels), untrained and collapse_panel(*untrained))
-
-
 @pytest.mark.parametrize("name", SYNTHETIC)
 def test_verdict_on_synthetic_embeddings(name):
     expected = SYNTHETIC[name][1]
@@ -517,6 +414,84 @@ def test_few_label_accuracy_is_sklearns_nearest_centroid_of_the_chosen(labels):
         scores.append(NearestCentroid().fit(unit[rows], y[rows]).score(unit_test, y_test))
     expected = sum(scores) / 7
     assert few_label_accuracy(h, y, h_test, y_test, labels, draws=7) == pytest.approx(expected) and .2 < expected < 1
+
+
+# ---- In others' loops --------------------------------------------------------------------------------------------
+def readmes(words):
+    """The block of Python on the kernels' page that has these words."""
+    page = (ROOT / "kernels" / "README.md").read_text()
+    block, = (block for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if words in block)
+    return block
+
+
+def views_of(n=64, d=12):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    return x, *(x + .1 * torch.randn(n, d, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+
+
+def test_readmes_watch_in_a_plain_loop():
+    x, x1, x2 = views_of()
+    names = {"network": torch.nn.Linear(12, 8), "x": x, "x1": x1, "x2": x2}
+    exec(readmes("print(watch())"), names)
+    assert names["watch"]().startswith(NOTHING)
+
+
+def test_readmes_watch_in_lightning(tmp_path, capsys):
+    lightning = pytest.importorskip("lightning")
+    x, x1, x2 = views_of()
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = torch.nn.Linear(12, 8)
+
+        def forward(self, x):
+            return self.network(x)
+
+        def training_step(self, batch, index):
+            return self(batch).square().mean()           # which collapses
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), .1)
+
+    names = {"lightning": lightning, "CollapseWatch": CollapseWatch, "x": x, "x1": x1, "x2": x2}
+    exec(readmes("lightning.Callback"), names)
+    trainer = lightning.Trainer(max_epochs=5, accelerator="cpu", callbacks=[names["Watch"]()], logger=False, barebones=True)
+    trainer.fit(Module(), torch.utils.data.DataLoader(x, 16))
+    said = (HEALTHY, NOTHING, NOT_YET, ONE_POINT, THIN, "PARTIAL")
+    assert sum(line.startswith(said) for line in capsys.readouterr().out.splitlines()) == 5
+
+
+def test_readmes_watch_in_hugging_faces_trainer(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    x, x1, x2 = views_of()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = torch.nn.Linear(12, 8)
+
+        def forward(self, x, labels=None):
+            z = self.network(x)
+            return transformers.modeling_outputs.SequenceClassifierOutput(loss=z.square().mean(), logits=z)
+
+    names = {"transformers": transformers, "CollapseWatch": CollapseWatch, "x": x, "x1": x1, "x2": x2}
+    exec(readmes("transformers.TrainerCallback"), names)
+    options = transformers.TrainingArguments(str(tmp_path), num_train_epochs=3, report_to=[], use_cpu=True, save_strategy="no")
+    rows = [{"x": row, "labels": 0} for row in x]
+    transformers.Trainer(Model(), options, train_dataset=rows, callbacks=[names["Watch"]()]).train()
+    assert capsys.readouterr().out.count("of two images") == 3
+
+
+def test_others_numbers_are_theirs():
+    """tests/experiments/verdicts.py writes MONAI's score anew."""
+    theirs = pytest.importorskip("monai.metrics.embedding_collapse")
+    sys.path.insert(0, str(ROOT / "tests" / "experiments"))
+    import verdicts
+    for z, labels in ((white(200, 16), None), (near(line())[0], None), (white(200, 16), torch.arange(200) % 3)):
+        expected = theirs.compute_embedding_collapse(z, labels)["aggregate"].item()
+        assert verdicts.monai(z, labels) == pytest.approx(expected, abs=1e-4)
 
 
 # ---- Probes that refuse ------------------------------------------------------------------------------------------

@@ -159,6 +159,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(place, arguments, words):
 
 MEMORY = """
 import resource, sys, numpy as np, torch
+from pathlib import Path
 from kernels.harness import embedding
 from kernels.harness.encoder import Encoder
 from kernels.harness.prepare import prepare_arrays

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "kernels").rglob("*.md")), *sorted((ROOT / "tests").rglob("*.md"))]
 TABLE = re.compile(r"^<!-- (python .+?) -->\n\n?((?:\|.*\n)+|(?:    .*\n)+)", re.M)
 NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
-TRAINS = re.compile("tests/experiments/(?!free_features)")
+TRAINS = re.compile("tests/experiments/(?!free_features|verdicts)")
 NAMES = {"run", "method", "batch", "codes", "else", "views", "R, batch", "training images", "raw: k-NN"}   # of rows
 
 

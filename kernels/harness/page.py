@@ -190,7 +190,7 @@ h1 { font-size: 1.3rem; margin: 0 } h2 { font-size: 1.05rem; margin: 1.8rem 0 .2
 p { margin: .3rem 0; max-width: 60rem } .faint { color: var(--faint); font-size: .85rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; margin: .8rem 0 }
 th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid var(--line); font-weight: normal }
-th:first-child { text-align: left } td { font-variant-numeric: tabular-nums }
+th:first-child { text-align: left; white-space: nowrap } td { font-variant-numeric: tabular-nums }
 figure { margin: .8rem 0 } figure img { max-width: 100%; background: white; border-radius: 4px }
 .images { display: flex; flex-wrap: wrap; gap: 3px; margin: .5rem 0 }
 .image { width: 64px; height: 64px; border: 0; padding: 0; border-radius: 3px; cursor: pointer; flex: none;
@@ -285,8 +285,8 @@ data.groups.forEach((rows, k) => {
     const counts = {};
     for (const row of rows) counts[data.classes[row]] = (counts[data.classes[row]] || 0) + 1;
     const most = Object.entries(counts).sort((a, b) => b[1] - a[1]).slice(0, 3);
-    const share = (count) => Math.round(100 * count / rows.length);
-    words += "; " + most.map(([name, count]) => `${name} ${share(count)} %`).join(", ");
+    const shares = most.map(([name, count]) => [name, Math.round(100 * count / rows.length)]);
+    words += "; " + shares.filter(([, share]) => share).map(([name, share]) => `${share} % ${name}`).join(", ");
   }
   const images = section(`Group ${k + 1}`, words);
   for (const row of rows) image(images, row);

@@ -152,11 +152,11 @@ def shortened(name, most=16):
 
 
 def plot_images(rows, file, words=None):
-    """A row of pictures for each of {title: images [n, C, *S]}, all of one shape; words: {title: a line
+    """A row of pictures for each of {title: images [n, C, *S]}, all of one shape; words: {title: two lines
     below each of its pictures}."""
     words = words or {}
     count = max(len(images) for images in rows.values())
-    figure = Figure(figsize=(2 + 1.3 * count, 0.3 + sum(1.3 + 0.25 * (name in words) for name in rows)))
+    figure = Figure(figsize=(2 + 1.3 * count, 0.3 + sum(1.3 + 0.35 * (name in words) for name in rows)))
     figure.subplots_adjust(0, 0, 1, 1)
     width, height = figure.get_size_inches()
     axis = figure.add_axes([0, 0, 1, 1])                 # one for all: an axis for each takes seconds
@@ -172,8 +172,8 @@ def plot_images(rows, file, words=None):
             axis.imshow(shown, extent=(left, left + wide, low, low + tall))
             axis.add_patch(Rectangle((left, low), wide, tall, fill=False, edgecolor="gray", linewidth=0.8))
         for k, line in enumerate(words.get(name, [])):
-            axis.text(2.2 + 1.3 * k, top - 1.3, line, ha="center", va="center", fontsize=8, parse_math=False)
-        top -= 1.3 + 0.25 * (name in words)
+            axis.text(2.2 + 1.3 * k, top - 1.23, line, ha="center", va="top", fontsize=8, parse_math=False)
+        top -= 1.3 + 0.35 * (name in words)
     axis.set(xlim=(0, width), ylim=(0, height), aspect="auto")       # imshow has changed them
     save_figure(figure, file)
 
@@ -209,15 +209,16 @@ def plot_neighbours(data, h, h_test, folder):
     shown = {"test image": pixels(data.test_images, rows)}
     files, test_files = names_of(data)
 
-    def labelled(name, labels, row):
-        return shortened(name) if labels is None else f"{shortened(name, 11)}: {data.classes[labels[row]]}"
+    def lines(value, name, labels, row):
+        own = "" if labels is None else shortened(data.classes[labels[row]], 12)
+        return f"{value}  {own}".strip() + f"\n{shortened(name)}"
 
-    words = {"test image": [labelled(test_files[row], data.test_labels, row) for row in rows.tolist()]}
+    words = {"test image": [lines("", test_files[row], data.test_labels, row) for row in rows.tolist()]}
     for number, column in enumerate(nearest.indices.T, 1):
         shown[f"nearest {number}"] = pixels(data.images, column)
-        words[f"nearest {number}"] = [
-            f"{value:.3f}  {labelled(files[row], data.labels, row)}"
-            for value, row in zip(nearest.values[:, number - 1].tolist(), column.tolist())]
+        cosines = nearest.values[:, number - 1].tolist()
+        words[f"nearest {number}"] = [lines(f"{value:.3f}", files[row], data.labels, row)
+                                      for value, row in zip(cosines, column.tolist())]
     plot_images(shown, folder / "neighbours.png", words)
 
 

@@ -1,0 +1,112 @@
+"""Embeddings of every kind of collapse and of none, and what the verdict on them must be."""
+import math
+
+import torch
+
+from kernels import collapse_panel, verdict
+
+HEALTHY, ONE_POINT, THIN, NOT_YET = "No collapse", "COLLAPSED", "DIMENSIONAL COLLAPSE", "NOT SPREAD YET"
+CANNOT_TELL, PARTIAL, NOT_FINITE, NOTHING = "CANNOT TELL", "PARTIAL COLLAPSE", "NOT FINITE", "NOTHING LEARNT YET"
+
+
+def white(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def near(z):
+    """Two views that know their image."""
+    scale = z.std()
+    return z, z + 0.1 * scale * white(*z.shape, 8), z + 0.1 * scale * white(*z.shape, 9)
+
+
+def blind(scale=1., d=64):
+    return tuple(scale * white(500, d, k) for k in range(3))
+
+
+def line():
+    return white(500, 1) @ white(1, 64, 1)
+
+
+def four_points():
+    return white(4, 64)[torch.arange(500) % 4]
+
+
+def positive():
+    """All-positive features with a mean cosine of 0.97."""
+    return 1 + 0.175 * white(500, 64)
+
+
+def changed(z, rows, value, columns=slice(None)):
+    z = z.clone()
+    z[rows, columns] = value
+    return z
+
+
+def images_at_a_point(share, n=500):
+    z = white(n, 64)
+    z[:int(share * n)] = z[0]
+    return z
+
+
+CLASSES = torch.arange(500) % 5
+RARE = torch.cat([torch.zeros(480), torch.ones(20)]).long()
+UNTRAINED = near(.1 * white(500, 64) + 1)                            # as many dimensions, in one direction
+SYNTHETIC = {  # name: (embeddings of images, of two views; of the untrained network; labels), the verdict
+    "white": ((near(white(500, 64)),), HEALTHY),
+    "all positive": ((near(positive()),), HEALTHY),
+    "small but whole": ((near(1e-3 * white(500, 64)),), HEALTHY),
+    "as small as fp32 can be": ((near(1e-30 * white(500, 64)),), HEALTHY),
+    "fewer samples than dimensions": ((near(white(12, 512)),), HEALTHY),
+    "four samples": ((near(white(4, 64)),), HEALTHY),
+    "half precision": ((tuple(z.half() for z in near(white(500, 64))),), HEALTHY),
+    "bfloat16": ((tuple(z.bfloat16() for z in near(white(500, 64))),), HEALTHY),
+    "NumPy arrays": ((tuple(z.numpy() for z in near(white(500, 64))),), HEALTHY),
+    "big-endian arrays": ((tuple(z.numpy().astype(">f4") for z in near(white(500, 64))),), HEALTHY),
+    "each image twice": ((near(white(250, 64).repeat(2, 1)),), HEALTHY),
+    "a few equal images": ((near(images_at_a_point(.02)),), HEALTHY),
+    "a twentieth of the dimensions dead": ((near(changed(white(500, 64), slice(None), 3., slice(3))),), HEALTHY),
+    "half of the dimensions dead": ((near(changed(white(500, 64), slice(None), 3., slice(32))),), HEALTHY),
+    "rows of any length": ((near(white(500, 64) * torch.rand(500, 1, dtype=torch.float64)),), HEALTHY),
+    "healthy classes": ((near(white(500, 64)), None, CLASSES), HEALTHY),
+    "clusters": ((near(white(5, 64)[CLASSES] + .5 * white(500, 64, 4)), None, CLASSES), HEALTHY),
+    "trained": ((near(white(500, 64)), UNTRAINED), HEALTHY),
+    "a constant": (((torch.ones(500, 64),) * 3,), ONE_POINT),
+    "a constant, before it as well": (((torch.ones(500, 64),) * 3, (torch.ones(500, 64),) * 3), ONE_POINT),
+    "zeros": (((torch.zeros(500, 64),) * 3,), ONE_POINT),
+    "a constant plus noise": (((1 + 1e-3 * white(500, 64),) * 3,), ONE_POINT),
+    "a constant plus noise, that training shrank": (((1 + 1e-3 * white(500, 64),) * 3, UNTRAINED), ONE_POINT),
+    "a constant plus noise of each view": ((tuple(1 + 0.1 * white(500, 64, k) for k in range(3)),), ONE_POINT),
+    "views as far apart as images": ((blind(),), ONE_POINT),
+    "shrunk and blind": ((blind(.1), blind()), ONE_POINT),
+    "on a line and blind, which it was not before": ((tuple(white(500, 1, k) @ white(1, 64, 5) for k in range(3)), blind()),
+                                                     ONE_POINT),
+    "more than a tenth not finite": (((changed(white(500, 64), slice(60), math.nan),) * 3,), ONE_POINT),
+    "none finite": (((white(500, 64) * math.inf,) * 3,), ONE_POINT),
+    "a line": ((near(line()),), THIN),
+    "a line, without views": ((line()[None],), THIN),
+    "four points": (((four_points(),) * 3,), THIN),
+    "a line and noise": ((near(line() + 0.05 * white(500, 64, 2)),), THIN),
+    "half of the images at one point": ((near(images_at_a_point(.5)),), PARTIAL),
+    "a fifth of the images at one point": ((near(images_at_a_point(.2)),), PARTIAL),
+    "a fifth at one point, without views": ((images_at_a_point(.2)[None],), PARTIAL),
+    "fifty distinct rows in five thousand": ((near(white(50, 64).repeat(100, 1)),), PARTIAL),
+    "fifty nearly distinct rows": ((near(white(50, 64).repeat(100, 1) + 1e-6 * white(5000, 64, 3)),), PARTIAL),
+    "a rare class at one point": ((near(changed(white(500, 64), slice(480, None), 1.)), None, RARE), PARTIAL),
+    "each class at a point of its own": ((near(white(5, 64)[CLASSES]), None, CLASSES), [PARTIAL, THIN]),
+    "noise, without views": ((white(500, 64)[None],), CANNOT_TELL),
+    "a constant plus 5 % noise, without views": (((1 + .05 * white(500, 64))[None],), CANNOT_TELL),
+    "width 1": ((near(white(500, 1)),), CANNOT_TELL),
+    "NaN": (((changed(white(500, 64), 3, math.nan, 5),) * 3,), NOT_FINITE),
+    "an infinite view": (((white(500, 64), white(500, 64), changed(white(500, 64), 7, math.inf, 0)),), NOT_FINITE),
+    "as before": ((blind(), blind()), NOT_YET),
+    "blind and narrower, but in many dimensions": ((tuple(white(500, 20, k) @ white(20, 64, 5) for k in range(3)), blind()),
+                                                   NOT_YET),
+    "a plateau, thin and blind as before": ((tuple(white(500, 1, k) @ white(1, 64, 5) for k in range(3)),
+                                             tuple(white(500, 1, k + 9) @ white(1, 64, 5) for k in range(3))), NOT_YET),
+    "in one direction as before": (((1 + 1e-3 * white(500, 64),) * 3, (1 + 1e-3 * white(500, 64, 1),) * 3), NOT_YET),
+    "one step": ((near(1.02 * white(500, 64)), near(white(500, 64))), NOTHING)}
+
+
+def sentence_of(name):
+    (z, *views), untrained, labels = [*SYNTHETIC[name][0], None, None][:3]
+    return verdict(collapse_panel(z, *views, labels=labels), untrained and collapse_panel(*untrained))
