@@ -261,7 +261,8 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
         missing = (~finite).nonzero().flatten()
         panel |= {"not finite": len(missing), "not finite rows": missing[:10].tolist()}
     if samples < 4:
-        return panel
+        names = "raw std", "std", "cosine", "RankMe", "participation", "uniformity", "TwoNN"
+        return panel | dict.fromkeys(names + ("alignment", "view ratio") * bool(views), math.nan)
     pairs = samples * (samples - 1)
     lengths = sum(unit.square().sum() for unit in rows.parts(unit=True))             # 1 each, but for zeros
     cosine = ((samples * _mean(rows, unit=True)).square().sum() - lengths) / pairs

@@ -14,9 +14,6 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # as kernels/harness/start.py
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 ENDINGS = ".npz", ".npy", ".csv"
 
 
@@ -51,6 +48,8 @@ def parse():
 
 def main():
     args = parse()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as kernels/harness/start.py
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .harness.embedding import command               # now: packages take seconds to load
     try:
         command(args)

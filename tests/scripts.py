@@ -9,8 +9,10 @@ A test says its command in the line above it, and `run` (conftest.py) is what ca
 All runs that the chosen tests of a file ask for are made before the first of them, as many at a time as there are
 cores. Nothing here imports a script or kernels/: forked processes import this file, and must find them new.
 """
+import contextlib
 import functools
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -190,6 +192,24 @@ def call(folder, *arguments, script="vicreg.py"):
         torch.set_num_threads(before[3])
         for number, handler in zip(signals, handlers):
             signal.signal(number, handler)
+
+
+def call_command(name, folder, *arguments):
+    """python -m kernels.NAME in this process -> subprocess.CompletedProcess."""
+    before, argv = os.getcwd(), sys.argv
+    out, err = io.StringIO(), io.StringIO()
+    os.chdir(folder)
+    sys.argv = [name, *map(str, arguments)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            importlib.import_module(f"kernels.{name}").main()
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return subprocess.CompletedProcess(name, code, out.getvalue(), err.getvalue())
 
 
 def said(capsys, code, found):

@@ -1,22 +1,19 @@
 """python -m kernels.compare as its user runs it."""
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
-from scripts import ROOT, SMALL, call
+from scripts import SMALL, call, call_command
 
 
 def run_compare(folder, *arguments):
-    return subprocess.run([sys.executable, "-m", "kernels.compare", *arguments], cwd=folder, capture_output=True, text=True)
+    return call_command("compare", folder, *arguments)
 
 
 @pytest.fixture
-def runs(finished, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def runs(finished):
     assert call(finished, *SMALL.split(), "--lr", "0.01", "--epochs", "2", "--out", "other") == 0
     return finished
 
@@ -55,7 +52,6 @@ def test_a_run_beside_itself(runs):
 @pytest.mark.parametrize("arguments, words", [
     ([], "required: runs"), (["run", "nowhere"], "nowhere is not the folder of a run"),
     (["run", "--out", "x.jpeg"], "its ending must be"), (["run", "--out", "no/c.png"], "cannot write no/c.png")])
-def test_mistakes_end_in_one_line(finished, monkeypatch, arguments, words):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_mistakes_end_in_one_line(finished, arguments, words):
     done = run_compare(finished, *arguments)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1

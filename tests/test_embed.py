@@ -1,5 +1,6 @@
 """python -m kernels.embed as its user runs it: names, features, formats, what is like an image, what is refused."""
 import csv
+import signal
 import subprocess
 import sys
 
@@ -10,15 +11,21 @@ import torch.nn.functional as F
 from PIL import Image
 
 from kernels.harness.prepare import load_encoder
-from scripts import ONE_THREAD, ROOT, SMALL, call
+from scripts import ONE_THREAD, ROOT, SMALL, call, call_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """The command sets how SIGINT ends it."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def embed(folder, *arguments):
-    command = [sys.executable, "-m", "kernels.embed", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                          env={**ONE_THREAD, "PYTHONPATH": str(ROOT)})
+    return call_command("embed", folder, *arguments)
 
 
 def image(seed, *shape):
@@ -131,6 +138,16 @@ def test_arrays_by_rows(place):
         with np.load(place / "h.npz") as found:
             assert found["files"].tolist() == names
             assert np.allclose(found["features"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_as_a_process(place):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", "kernels.embed", *arguments], cwd=place, capture_output=True, text=True,
+                              env={**ONE_THREAD, "PYTHONPATH": str(ROOT)})
+    done = run("run", "set", "--out", "process.npz", "--no-page")
+    assert done.returncode == 0 and done.stdout == "embedded: 20 images of set, 32 features each; process.npz\n", done.stderr
+    done = run("run", "set", "--out", "process.txt")
+    assert done.returncode == 2 and done.stderr.startswith("embed: --out process.txt") and not done.stdout
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -7,12 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import ONE_THREAD, ROOT
+from scripts import ONE_THREAD, ROOT, call_command
 
 
 def run(folder, *arguments):
-    command = [sys.executable, "-m", "kernels.collapse", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**ONE_THREAD, "PYTHONPATH": str(ROOT)})
+    return call_command("harness.instrument", folder, *arguments)
+
+
+def test_as_a_process(place):
+    def process(*arguments):
+        return subprocess.run([sys.executable, "-m", "kernels.collapse", *arguments], cwd=place, capture_output=True, text=True,
+                              env={**ONE_THREAD, "PYTHONPATH": str(ROOT)})
+    done = process("line.npy")
+    assert done.returncode == 3 and "DIMENSIONAL COLLAPSE" in done.stdout and not done.stderr
+    assert process("nowhere.npy").returncode == 2
 
 
 def white(n=400, d=24, seed=0):

@@ -13,7 +13,7 @@ from kernels.harness import probes
 from kernels.harness.cli import read_data
 from kernels.harness.encoder import Encoder
 from kernels.harness.images import encode
-from kernels.harness.prepare import load_encoder
+from kernels.harness.prepare import load_encoder, save_encoder
 from scripts import ROOT, SMALL, call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,7 +99,7 @@ def finish(data, folder="run"):
     with torch.no_grad():
         h, h_test = [encode(encoder, x) for x in (data.images, data.test_images)]
     found = probes.Findings(h, h_test, {}, {})
-    probes.save_encoder(encoder, data, Path(folder))
+    save_encoder(encoder, data, Path(folder))
     probes.save_features(encoder, data, found, Path(folder))
 
 
@@ -243,7 +243,7 @@ def test_encoder_pt_of_another_backbone_takes_it_as_an_argument():
             return self.convolution(x).mean((2, 3))
 
     Path("run").mkdir()
-    probes.save_encoder(Other(), data, Path("run"))
+    save_encoder(Other(), data, Path("run"))
     with pytest.raises(ValueError, match="run/encoder.pt"):
         load_encoder("run")
     encoder, prepare = load_encoder("run", Other())

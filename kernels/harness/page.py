@@ -286,7 +286,8 @@ data.groups.forEach((rows, k) => {
     for (const row of rows) counts[data.classes[row]] = (counts[data.classes[row]] || 0) + 1;
     const most = Object.entries(counts).sort((a, b) => b[1] - a[1]).slice(0, 3);
     const shares = most.map(([name, count]) => [name, Math.round(100 * count / rows.length)]);
-    words += "; " + shares.filter(([, share]) => share).map(([name, share]) => `${share} % ${name}`).join(", ");
+    const seen = shares.filter(([, share]) => share).map(([name, share]) => `${share} % ${name}`);
+    words += "; " + seen.join(", ");
   }
   const images = section(`Group ${k + 1}`, words);
   for (const row of rows) image(images, row);

@@ -4,6 +4,7 @@ Needs matplotlib and scikit-learn beside torch. data: images.Data; h [n, E]: fea
 h_test: of its test images, on the CPU.
 """
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ NO_TERMS = "epoch", "loss", "RankMe", "knn", "meters"    # of a line of the hist
 
 def save_figure(figure, path):
     """A picture that is never half written."""
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # letters that the font lacks become boxes
         figure.savefig(file, format="png", dpi=120)
 
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import __version__
 from . import decode
 from .arrays import Raw
 from .decode import Kind, Settings
 from .encoder import Encoder
-from .files import load_checkpoint
+from .files import atomic_write, load_checkpoint
 from .images import Images, pixels
 
 
@@ -150,6 +151,15 @@ def prepare_arrays(dtype, shape, channels_last=False, low=None, high=None):
         target["shape"] = [*shape]
     given = "last" if channels_last or photo else "first"
     return Prepare(settings, target, layout, low, high, given)
+
+
+def save_encoder(encoder, data, folder):
+    """encoder.pt in a run's folder: all that load_encoder() needs; numbers: what those in the files became."""
+    prepare = data.prepare or prepare_arrays("float32", data.images.shape[1:])
+    saved = {"version": __version__, "config": getattr(encoder, "config", {}), "prepare": prepare.state(),
+             "numbers": data.numbers, "state_dict": encoder.state_dict()}
+    with atomic_write(folder / "encoder.pt") as file:
+        torch.save(saved, file)
 
 
 def load_encoder(run, encoder=None):

@@ -6,6 +6,7 @@
 model.encoder: images [N, C, *S] -> features h [N, E]; model.projector: h -> embeddings z [N, D].
 """
 import json
+import math
 import warnings
 from collections import namedtuple
 
@@ -16,12 +17,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .. import __version__, collapse_panel, few_label_accuracy, knn_accuracy, verdict
+from .. import collapse_panel, few_label_accuracy, knn_accuracy, verdict
 from .files import atomic_write, atomic_write_text
 from .images import encode, limited, names_of, sample_rows
 from .page import page_of_run
 from .pictures import plot_curves, plot_embedding, plot_neighbours, plot_views
-from .prepare import prepare_arrays
+from .prepare import save_encoder
 from .processes import rank
 from .views import two_views
 
@@ -44,15 +45,17 @@ def probe(data, h, h_test):
     """
     if data.labels is None:
         return {}
+    names = "k-NN", "linear", "1 a class", "5 a class", "10 a class"
+    if not (h.isfinite().all() and h_test.isfinite().all()):
+        print("note: features are not finite: no probes")
+        return dict.fromkeys(names, math.nan)
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # of raw pixels: they go on for minutes
         linear.fit(h, data.labels)
     known = h, data.labels, h_test, data.test_labels
-    accuracy = {"k-NN": knn_accuracy(*known), "linear": linear.score(h_test, data.test_labels)}
-    for count in (1, 5, 10):
-        accuracy[f"{count} a class"] = few_label_accuracy(*known, count)
-    return accuracy
+    few = [few_label_accuracy(*known, count) for count in (1, 5, 10)]
+    return dict(zip(names, [knn_accuracy(*known), linear.score(h_test, data.test_labels), *few]))
 
 
 @torch.no_grad()
@@ -65,7 +68,8 @@ def quick_probe(model, data):
     found = {"RankMe": collapse_panel(z)["RankMe"]}
     if data.labels is not None:
         h = encode(model.encoder, data.images, device=device)
-        found["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
+        finite = h.isfinite().all() and h_test.isfinite().all()      # if not, this epoch is the last one
+        found["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels) if finite else math.nan
     return found
 
 
@@ -147,15 +151,6 @@ def print_table(rows):
     print(f"\n{'':{width}}", *(f"{name:>8}" for name in columns))
     for name, row in rows.items():
         print(f"{name:{width}}", *(f"{row[column]:{max(8, len(column))}.4g}" for column in columns))
-
-
-def save_encoder(encoder, data, folder):
-    """encoder.pt: what load_encoder() of prepare.py needs; numbers: what those in the files became."""
-    prepare = data.prepare or prepare_arrays("float32", data.images.shape[1:])
-    saved = {"version": __version__, "config": getattr(encoder, "config", {}), "prepare": prepare.state(),
-             "numbers": data.numbers, "state_dict": encoder.state_dict()}
-    with atomic_write(folder / "encoder.pt") as file:
-        torch.save(saved, file)
 
 
 def save_features(encoder, data, found, folder):
