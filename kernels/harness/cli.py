@@ -163,6 +163,7 @@ def parse(parser):
         not_typed = {name: config.pop(name) for name in NOT_TYPED}
         Encoder(**not_typed["encoder"])
         config["out"] = args.resume
+        done, _ = len(state["history"]), state["cycles"]
         args = parser.parse_args(as_typed(config))       # checks a file's options as those of a person
         args.range = config["range"]
         for name, value in config.items():
@@ -172,10 +173,9 @@ def parse(parser):
     except Exception as error:                           # cut short, not a checkpoint
         die(f"cannot resume {args.resume}, its last.pt does not serve ({error}): start a new run")
     if epochs is not None:
-        done, of = len(state["history"]), args.epochs
-        if epochs <= of or done < of:
-            die(f"--epochs {epochs}: the run stands at {done} of its {of}; it can be made longer than these "
-                "once it has ended")
+        if not done == args.epochs < epochs:
+            die(f"--epochs {epochs}: the run stands at {done} of its {args.epochs}; it can be made longer than "
+                "these once it has ended")
         args.epochs = epochs
     return argparse.Namespace(**vars(args) | not_typed), state
 
