@@ -139,7 +139,7 @@ class BatchFusion(nn.Module):
 
 
 def rms(x):
-    return x.square().mean().sqrt().clamp(min=1e-6)
+    return x.square().mean().clamp(min=1e-12).sqrt()                 # a root at 0 has no gradient
 
 
 # Four losses of two views' embeddings; those of other scripts are unweighted terms by name, as there.

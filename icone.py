@@ -157,22 +157,27 @@ class IConE(nn.Module):
                 layer.mean.copy_(mean)
 
     def rows_of(self, index):
-        """Rows [B, D] of the images index [B], of unit length, which the next step moves."""
+        """Rows [B, D] of the images index [B], of unit length, which the next step moves if it trains."""
         rows = self.table[index.to(self.table.device)].to(index.device)
-        rows.requires_grad_()
-        self.taken.append((index, rows))
+        if self.training and torch.is_grad_enabled():                # a validation loss leaves nothing behind
+            rows.requires_grad_()
+            self.taken.append((index, rows))
         return F.normalize(rows)
 
     def bank_of_step(self, device):
         """One bank for all batches of a step, without gradient: a row from each of M equal stretches of the
         table. -> their places [M], in order, and the rows [M, D]."""
-        if self.drawn is None:
+        drawn, trains = self.drawn, self.training and torch.is_grad_enabled()
+        if drawn is None:
+            generator = None if trains else torch.Generator().manual_seed(0)           # training's goes on
             borders = torch.arange(self.bank + 1) * len(self.table) // self.bank
-            within = torch.rand(self.bank, dtype=torch.float64) * borders.diff()       # fp32 may round to 1
-            places = borders[:-1] + within.long()
+            part = torch.rand(self.bank, dtype=torch.float64, generator=generator)     # fp32 may round to 1
+            places = borders[:-1] + (part * borders.diff()).long()
             rows = self.table.index_select(0, places.to(self.table.device))
-            self.drawn = places.to(device), rows.to(device)
-        return self.drawn
+            drawn = places.to(device), rows.to(device)
+        if trains:
+            self.drawn = drawn
+        return drawn
 
     def forward(self, view1, view2, index):
         views = torch.cat([view1, view2])                            # [2B, C, *S]
@@ -192,14 +197,15 @@ class IConE(nn.Module):
         return terms, {"cosine_to_all": z.mean(0) @ bank.mean(0)}
 
     @torch.no_grad()
-    def step(self):
+    def step(self, scale=1.):
         """After the optimiser's: rows that were taken go down their gradient, no other moves; and the mean.
 
         The loss is a mean over the step's images: rows.grad is an image's own gradient over their number.
+        scale: what the loss was multiplied with, scaler.get_scale() under a GradScaler, before its update().
         """
         images = sum(len(index) for index, _ in self.taken)
         for index, rows in self.taken:
-            rows = F.normalize(rows - self.table_lr * images * rows.grad)
+            rows = F.normalize(rows - self.table_lr * images / scale * rows.grad)
             self.table[index.to(self.table.device)] = rows.to(self.table.device)
         self.taken.clear()
         self.drawn = None

@@ -29,13 +29,12 @@ from .launch import (check_temperature, is_hopper, on_device, opaque, pick, prog
 def bank_reference(q, bank, temperature, target=None, exclude=None):
     """logsumexp [B], cross-entropy and repulsion with B x N in memory, by autograd; exclude [B] or [B, K]."""
     s = q @ bank.T                                     # [B, N]
-    count = len(bank)
+    left_out = torch.zeros_like(s, dtype=torch.bool)
     if exclude is not None:
-        exclude = exclude.reshape(len(q), -1)
-        s = s.scatter(1, exclude, -torch.inf)
-        count -= exclude.shape[1]
-    lse = torch.logsumexp(s / temperature, dim=1)
-    repulsion = s.clamp(min=0).square().sum() / (len(q) * count)
+        left_out.scatter_(1, exclude.reshape(len(q), -1), True)
+    logits = (s / temperature).masked_fill(left_out, -torch.inf)     # not before: -inf / t has no gradient
+    lse = torch.logsumexp(logits, dim=1)
+    repulsion = s.clamp(min=0).square().masked_fill(left_out, 0).sum() / (~left_out).sum()
     if target is None:
         return lse, None, repulsion
     positive = (q * bank[target]).sum(dim=1) / temperature
@@ -472,7 +471,7 @@ def _check_rows(name, index, shapes, q, bank):
 
 def _excluded(exclude, q, bank):
     """`exclude` as a contiguous [B, K] or None, checked."""
-    if exclude is None:
+    if exclude is None or (isinstance(exclude, Tensor) and exclude.ndim == 2 and not exclude.shape[1]):
         return None
     if isinstance(exclude, str):
         if exclude != "self" or len(q) != len(bank):
@@ -482,9 +481,17 @@ def _excluded(exclude, q, bank):
     else:
         _check_rows("exclude", exclude, 2, q, bank)
     exclude = exclude.reshape(len(q), -1).contiguous()
-    if exclude.shape[1] >= len(bank):
+    most = exclude.shape[1]
+    if most >= len(bank) and not torch.compiler.is_compiling():
+        most = _distinct(exclude).max()                # padded lists: a row may be named more than once
+    if most >= len(bank):
         raise ValueError(f"exclude leaves nothing of a bank of {'one row' if len(bank) == 1 else len(bank)}")
     return exclude
+
+
+def _distinct(exclude):
+    """How many different rows each query leaves out, [B]."""
+    return 1 + (exclude.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1)
 
 
 def _apply(q, bank, temperature, exclude, target, softmax, impl):
@@ -523,8 +530,8 @@ def bank_cross_entropy(q, bank, target, temperature, exclude=None, impl="auto"):
     Gradients go to whichever requires them; a bank that does not costs no backward pass, and may be
     overwritten before it. q and bank may be the same tensor.
     target: int64 [B], rows of the bank in [0, N): checked on CPUs alone, and not under torch.compile.
-    exclude: int64 [B] or [B, K], rows likewise, left out of query b's sum; "self": of as many queries as
-    there are rows, each leaves out its own.
+    exclude: int64 [B] or [B, K], rows likewise, left out of query b's sum, once though named twice; "self":
+    of as many queries as there are rows, each leaves out its own.
     temperature: above 0; safe at 0.01 and below. A number, or a tensor of one, which gets its gradient.
     impl: "auto" (Triton for CUDA tensors), "torch", "triton".
 
@@ -542,9 +549,11 @@ def bank_repulsion(q, bank, exclude=None, impl="auto"):
     """
     total = _apply(q, bank, 1., exclude, None, False, impl).sum()
     left_out = 0
-    if exclude is not None:
-        left_out = 1 if isinstance(exclude, str) else exclude.numel() // len(q)
-    return total / (len(q) * (len(bank) - left_out))
+    if isinstance(exclude, Tensor) and exclude.ndim == 2 and exclude.shape[1] > 1:
+        left_out = _distinct(exclude).sum()
+    elif exclude is not None:
+        left_out = len(q) if isinstance(exclude, str) else exclude.numel()
+    return total / (len(q) * len(bank) - left_out)
 
 
 # ---- Top-k -------------------------------------------------------------------------------------------------
@@ -565,6 +574,7 @@ def bank_topk(q, bank, k):
     work = torch.promote_types(torch.promote_types(q.dtype, bank.dtype), torch.float32)
     size = min(max(_chunk_rows(q), TOPK_CHUNK // len(q)), len(bank))
     members = torch.arange(GROUP, device=q.device)
+    least = torch.finfo(work).min
     best = rows = None
     with torch.autocast(q.device.type, enabled=False):
         q = q.to(work)
@@ -574,6 +584,8 @@ def bank_topk(q, bank, k):
             groups = -(-len(part) // GROUP)
             s = buffer[:GROUP * groups]                # [C, B], tiles as in _forward_torch
             torch.mm(part, qt, out=s[:len(part)])
+            if len(part) < len(s):                     # a product of -inf comes before what is no row
+                s[:len(part)].clamp_(min=least)
             s[len(part):] = -torch.inf
             highest = s.view(groups, GROUP, len(q)).amax(dim=1)
             _, group = highest.T.topk(min(k, groups), dim=1)
@@ -585,4 +597,4 @@ def bank_topk(q, bank, k):
                 columns = torch.cat([rows, columns], dim=1)
             best, order = values.topk(min(k, values.shape[1]), dim=1)
             rows = columns.gather(1, order)
-    return best, rows
+    return best.masked_fill_(best == least, -torch.inf), rows

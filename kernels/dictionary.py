@@ -71,6 +71,11 @@ WORD = 32                                              # signs that come from on
 LOW = 0xFFFFFFFF                                       # the low 32 bits
 
 
+def _plain(number):
+    """A NumPy integer, which would overflow, as Python's."""
+    return number.item() if hasattr(number, "item") else number
+
+
 def _seed_offset(seed):
     """What the seed adds to a word's number before it is mixed."""
     return seed * 0x85EBCA6B & LOW
@@ -81,7 +86,7 @@ def dictionary_signs(codes, f, seed, dtype=torch.float32, device="cpu"):
     seeded."""
     words = -(-f // WORD)
     x = torch.arange(codes * words, device=device)                     # int64: wraps, then masked
-    x = (x * 0x9E3779B1 + _seed_offset(seed)) & LOW
+    x = (x * 0x9E3779B1 + _seed_offset(_plain(seed))) & LOW
     x = (x ^ x >> 16) * 0x7FEB352D & LOW               # the mixing function of skeeto/hash-prospector
     x = (x ^ x >> 15) * 0x846CA68B & LOW
     x = x ^ x >> 16
@@ -709,6 +714,7 @@ def dictionary_loss(h1, h2, codes, seed, temperature, prior="reverse", impl="aut
         raise ValueError(f"h1 {h1.dtype} and h2 {h2.dtype} must be floats")
     if h1.device != h2.device:
         raise ValueError(f"h1 is on {h1.device}, h2 on {h2.device}")
+    codes, seed = _plain(codes), _plain(seed)
     if codes < 1 or seed < 0:
         raise ValueError(f"codes {codes} must be at least 1, seed {seed} at least 0")
     check_temperature(temperature)

@@ -279,3 +279,18 @@ def test_noise_stays_at_chance(both, keep_slots):
 def test_slots_that_stay_in_both_views_are_a_shortcut():
     """With most of an image replaced by its slot's own filter of it; at a share of .2 they stay at chance too."""
     assert loss_on_noise(True, True, share=.9, mixing="grouped") < .8
+
+
+@pytest.mark.parametrize("mixing", ["conv", "random", "grouped", "mixup"])
+@pytest.mark.parametrize("shade", [0., .5])
+def test_equal_images_give_finite_gradients(mixing, shade):
+    """A root at 0 has none: the batch less its mean is 0."""
+    torch.manual_seed(0)
+    fusion = ba_ssl.BatchFusion(8, mixing=mixing)
+    x = torch.full((8, 1, 8, 8), shade, requires_grad=True)
+    mixed = fusion(x)
+    assert torch.equal(mixed, x)
+    (mixed * torch.randn(8, 1, 8, 8)).sum().backward()
+    for tensor in (x, *(weight for weight in fusion.parameters() if weight.requires_grad)):
+        assert tensor.grad is None or tensor.grad.isfinite().all()
+    assert x.grad.abs().max() > 0

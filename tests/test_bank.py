@@ -393,3 +393,68 @@ def test_recipe_shards_of_a_bank(unit):
     shards = bank.split(17)
     lse = torch.stack([bank_logsumexp(q, shard, .2) for shard in shards]).logsumexp(0)
     assert error(lse, bank_logsumexp(q, bank, .2)) < 1e-14
+
+
+# ---- What a list may hold --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("times", [1, 2, 3, 8])
+def test_a_row_that_is_excluded_several_times_is_left_out_once(times, impl, unit, device):
+    """Padded lists repeat a row: N = 9."""
+    q, bank = unit(4, 5), unit(9, 5, 1)
+    once = torch.tensor([[3]] * 4, device=device)
+    padded = once.expand(4, times).contiguous()
+    s = q.double() @ bank.double().T
+    others = torch.arange(9) != 3
+    expected = s[:, others.to(device)].clamp(min=0).square().mean().item()
+    assert bank_repulsion(q, bank, padded, impl=impl).item() == pytest.approx(expected, rel=1e-5)
+    lse = torch.logsumexp(s[:, others.to(device)] / .2, 1)
+    torch.testing.assert_close(bank_logsumexp(q, bank, .2, padded, impl=impl).double(), lse, rtol=1e-5, atol=1e-5)
+    _, _, reference = bank_reference(q.double(), bank.double(), .2, exclude=padded)
+    assert reference.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_excluded_list_may_repeat_up_to_all_rows_or_be_empty(impl, unit, device):
+    q, bank = unit(1, 4), unit(2, 4, 1)
+    twice = torch.tensor([[0, 0]], device=device)
+    s = q.double() @ bank.double().T
+    assert bank_repulsion(q, bank, twice, impl=impl).item() == pytest.approx(s[0, 1].clamp(min=0).item() ** 2, rel=1e-5, abs=1e-9)
+    assert bank_logsumexp(q, bank, .5, twice, impl=impl).item() == pytest.approx(s[0, 1].item() / .5, rel=1e-5, abs=1e-6)
+    none = torch.zeros(1, 0, dtype=torch.int64, device=device)
+    for function in (lambda *exclude: bank_repulsion(q, bank, *exclude, impl=impl),
+                     lambda *exclude: bank_logsumexp(q, bank, .5, *exclude, impl=impl)):
+        torch.testing.assert_close(function(none), function(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        bank_repulsion(q, bank, torch.tensor([[0, 1, 1]], device=device), impl=impl)
+
+
+def test_the_reference_with_exclude_and_a_trained_temperature_has_its_gradient(unit):
+    """By central differences, and as the fused form's."""
+    q, bank = unit(6, 5).double(), unit(9, 5, 1).double()
+    exclude, target = torch.arange(6)[:, None], torch.arange(6) + 1
+
+    def value(t, function):
+        return function(q, bank, t)
+
+    def reference(q, bank, t):
+        return bank_reference(q, bank, t, target, exclude)[1]
+
+    def fused(q, bank, t):
+        return bank_cross_entropy(q, bank, target, t, exclude)
+
+    expected = (reference(q, bank, .2 + 1e-6) - reference(q, bank, .2 - 1e-6)) / 2e-6
+    for function in (reference, fused):
+        t = torch.tensor(.2, dtype=torch.float64, requires_grad=True)
+        gradient, = torch.autograd.grad(function(q, bank, t), t)
+        assert gradient.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 30])
+def test_topk_of_products_of_minus_infinity_names_rows_that_are_there(n, device):
+    q, bank = torch.ones(3, 2, device=device), torch.full((n, 2), -torch.inf, device=device)
+    bank[n // 2:] = 1
+    for k in (1, n // 2 + 1, n):
+        values, rows = bank_topk(q, bank, k)
+        assert (rows < n).all() and all(len({*line.tolist()}) == k for line in rows)
+        expected = (q.double() @ bank.double().T).topk(k).values
+        torch.testing.assert_close(values.double(), expected)

@@ -235,3 +235,14 @@ def test_mixed_dtypes_compute_in_the_wider_one(views):
     if triton is not None:
         with pytest.raises(ValueError, match="at most fp32"):
             dictionary_loss(a, b, 20, 0, 2., impl="triton")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int32", "uint32", "int64"])
+def test_seed_and_codes_may_be_integers_of_numpy(kind):
+    import numpy
+    number = numpy.dtype(kind).type
+    h1, h2 = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    expected = dictionary_loss(h1, h2, 40, 5, .2)
+    for got, value in zip(dictionary_loss(h1, h2, number(40), number(5), .2), expected):
+        assert torch.equal(got, value)
+    assert torch.equal(dictionary_signs(40, 16, number(5)), dictionary_signs(40, 16, 5))

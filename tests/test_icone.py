@@ -278,3 +278,39 @@ def test_a_step_costs_hardly_more_at_a_million_rows(capsys):
         assert took[1_000_000, batch] <= 3 * took[10_000, batch]         # 1.1 to 2.3: rows further apart in memory
     assert took[1_000_000, 1] <= 3
     assert float(gigabytes) <= 2.2
+
+
+# ---- Losses outside of training -----------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ["eval", "no_grad", "inference"])
+def test_a_validation_loss_leaves_nothing_behind(how):
+    data = images()
+    net, index = model(data), torch.arange(4)
+
+    def train():
+        terms, _ = net(data[:4], data[4:8], index)
+        sum(terms.values()).backward()
+        net.step()
+
+    train()
+    table, state = net.table.clone(), torch.get_rng_state()
+    net.train(how != "eval")
+    with torch.inference_mode(how == "inference"), torch.set_grad_enabled(how == "eval"):
+        terms, _ = net(data[:4], data[8:12], index)
+    assert all(term.isfinite() for term in terms.values())
+    assert not net.taken and net.drawn is None and torch.equal(table, net.table)
+    assert how != "eval" or torch.equal(state, torch.get_rng_state())
+    net.train()
+    train()                                                          # as if it had not been asked for
+    assert not torch.equal(table, net.table)
+
+
+def test_rows_move_alike_under_a_gradient_scaler():
+    data, moved = images(), []
+    for scale in (1., 65536.):
+        net = model(data)
+        terms, _ = net(data[:4], data[4:8], torch.arange(4))
+        (scale * sum(terms.values())).backward()
+        net.step(scale)
+        moved.append(net.table)
+    torch.testing.assert_close(*moved)
+    assert not torch.allclose(moved[0], model(data).table)
