@@ -69,7 +69,8 @@ def plot(runs, path):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
     figure = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = {"knn": "k-NN accuracy, test features", "RankMe": "RankMe of z, 256 test images", "loss": "loss"}
+    panels = {"knn": "k-NN accuracy, test features", "RankMe": "RankMe of z, up to 256 test images",
+              "loss": "loss"}
     there = {key for run in runs for line in run["history"] for key in line}
     panels = {key: title for key, title in panels.items() if key in there}
     for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
@@ -77,7 +78,8 @@ def plot(runs, path):
             points = [(line["epoch"], line[key]) for line in run["history"] if key in line]
             if points:
                 marker = "o" if len(points) < 50 else ""
-                axis.plot(*zip(*points), marker=marker, label=run["name"], color=f"C{k}", markersize=4)
+                style = {"linestyle": ("-", "--", "-.", ":")[k % 4], "markersize": 9 - 2 * min(k, 3)}
+                axis.plot(*zip(*points), marker=marker, label=run["name"], color=f"C{k}", alpha=0.8, **style)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         values = [line[key] for run in runs for line in run["history"] if key in line]
@@ -85,7 +87,7 @@ def plot(runs, path):
             axis.set_ylim(0, 1.03 if key == "knn" else 1.08 * max(values))
         if key == "loss" and 0 < 20 * min(values) < max(values) < math.inf:
             axis.set_yscale("log")
-    figure.get_axes()[0].legend(fontsize=9)
+    figure.legend(handles=figure.get_axes()[-1].lines, loc="outside lower center", ncols=min(4, len(runs)))
     figure.savefig(path, dpi=120)
 
 

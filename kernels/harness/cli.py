@@ -174,8 +174,8 @@ def parse(parser):
         die(f"cannot resume {args.resume}, its last.pt does not serve ({error}): start a new run")
     if epochs is not None:
         if not done == args.epochs < epochs:
-            die(f"--epochs {epochs}: the run stands at {done} of its {args.epochs}; it can be made longer than "
-                "these once it has ended")
+            die(f"--epochs {epochs}: the run stands at {done} of its {args.epochs}; it can be made longer "
+                "than these once it has ended")
         args.epochs = epochs
     return argparse.Namespace(**vars(args) | not_typed), state
 

@@ -54,6 +54,9 @@ def read(path, key=None):
         with np.load(path) as found:
             name = choose(path, found.files, key, lambda name: found[name].shape)
             print(f"{path}: {name}")
+            if name in ("test_features", "train_features"):
+                print("note: these are an encoder's features h; the verdict at the end of a run looks at its "
+                      "projector's z")
             return found[name]
     if kind in (".pt", ".pth"):
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -197,7 +200,8 @@ def main():
     add("--before", help="embeddings of the same images by the untrained network")
     add("--before-views", nargs=2, default=[], metavar="FILE", help="and of their two views")
     add("--labels", help="a class or group of each image: .npy, .npz, .csv of one column")
-    add("--key", help="of a file that holds several arrays: which are the embeddings")
+    add("--key", help="of a file that holds several arrays: which are the embeddings; if not given the first "
+        f"of {', '.join(TRIED)} that is there")
     add("--labels-key", help="and which the labels")
     add("--out", type=Path, help="a picture: .png, .pdf or .svg")
     args = parser.parse_args()

@@ -69,7 +69,7 @@ def plot_curves(history, probes, folder):
     ranks = [line.get("RankMe", math.nan) for line in history]
     axes[1].plot(epochs, ranks, "o")
     highest = max((rank for rank in ranks if not math.isnan(rank)), default=1)
-    axes[1].set(title="RankMe of z, 256 test images", ylim=(0, 1.08 * highest))
+    axes[1].set(title="RankMe of z, up to 256 test images", ylim=(0, 1.08 * highest))
 
     if labelled:
         knn = [line.get("knn", math.nan) for line in history]

@@ -75,6 +75,8 @@ class Prepare:
 
     # ---- Files ---------------------------------------------------------------------------------------------
     def from_file(self, file):
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: give a list of its files, or use python -m kernels.embed")
         kind = decode.look(file, self.settings)
         self.refuse_other_numbers(kind.dtype)
         x, _ = decode.decode((file, kind), self.settings, self.target)
@@ -154,7 +156,7 @@ def prepare_arrays(dtype, shape, channels_last=False, low=None, high=None):
 
 
 def save_encoder(encoder, data, folder):
-    """encoder.pt in a run's folder: all that load_encoder() needs; numbers: what those in the files became."""
+    """encoder.pt in a run's folder: all that load_encoder() needs; numbers: what those in files became."""
     prepare = data.prepare or prepare_arrays("float32", data.images.shape[1:])
     saved = {"version": __version__, "config": getattr(encoder, "config", {}), "prepare": prepare.state(),
              "numbers": data.numbers, "state_dict": encoder.state_dict()}

@@ -301,10 +301,13 @@ def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", va
     else:
         y, y_test, classes = number_classes(name, y, y_test)
 
-    shown = x[sample_rows(len(x), 100)].flatten(1)
+    looked_at = sample_rows(len(x), 100)
+    shown = x[looked_at].flatten(1)
     flat = shown.amax(1) == shown.amin(1)
     if flat.all():
         raise ValueError(f"{name}: of {len(flat)} images looked at each is of one value throughout")
     if flat.any():
-        print(f"note: {flat.sum()} of {len(flat)} images looked at are of one value throughout")
+        names = [str(more["files"][row]) for row in looked_at[flat][:3]] if "files" in more else []
+        named = f" ({', '.join(names)}{', ...' * (flat.sum() > 3)})" if names else ""
+        print(f"note: {flat.sum()} of {len(flat)} images looked at are of one value throughout{named}")
     return Data(x, y, x_test, y_test, classes, **more)
