@@ -242,8 +242,8 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     in float64. alignment and view ratio need z1 and z2. Beyond 50,000 rows uniformity, TwoNN, distinct and at
     one point look at so many, drawn at random, and "sample" says so.
 
-    labels [N]: of classes or other groups; adds classes (of 4 rows at least), and classes at one point, a
-    list of those whose rows differ by less than a fiftieth of what all rows do.
+    labels [N]: of classes or other groups, whole numbers or words; adds classes (of 4 rows at least), and
+    classes at one point, a list of those whose rows differ by less than a fiftieth of what all rows do.
     Rows that are not finite, in z or a view, are left out: "not finite" is how many they are, "not finite
     rows" a list of the first ten. ValueError for shapes that do not agree, N < 4, integers.
     """
@@ -293,9 +293,15 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
 
 
 def _classes(rows, labels, counted, whole):
+    words = None
+    if len(labels) and isinstance(labels[0], str):
+        words = sorted({*labels})
+        number = {word: k for k, word in enumerate(words)}
+        labels = [number[word] for word in labels]
     labels = _labels(labels, len(rows.z), "labels").to(rows.device)
     stds, names = _class_stds(rows, labels if counted is None else labels[counted])
     points = names[stds < whole / 50].tolist()
+    points = [words[point] for point in points] if words else points
     return {"classes": int(stds.isfinite().sum()), "classes at one point": points}
 
 

@@ -16,8 +16,8 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from kernels import CollapseWatch, collapse, collapse_panel, few_label_accuracy, knn_accuracy, verdict
 from kernels.harness.cli import read_data
-from embeddings import (HEALTHY, NOT_YET, NOTHING, ONE_POINT, SYNTHETIC, THIN, blind, line, near, positive, sentence_of,
-                        white)
+from embeddings import (HEALTHY, NOT_YET, NOTHING, ONE_POINT, PARTIAL, SYNTHETIC, THIN, blind, line, near, positive,
+                        sentence_of, white)
 from scripts import ROOT, forked
 
 
@@ -183,7 +183,10 @@ RUNS = {
     "FALCON, tanh": ("falcon.py", "--batch 32 --epochs 30 --lr 2e-2 --norm tanh", [THIN, ONE_POINT]),
     "FALCON, no prior": ("falcon.py", "--batch 64 --epochs 30 --prior none", [ONE_POINT, NOT_YET]),
     "VICReg, one epoch": ("vicreg.py", "--batch 32 --epochs 1", [HEALTHY, NOT_YET]),
-    "BA-SSL, one epoch": ("ba_ssl.py", "--batch 32 --epochs 1", [HEALTHY, NOT_YET])}
+    "BA-SSL, one epoch": ("ba_ssl.py", "--batch 32 --epochs 1", [HEALTHY, NOT_YET]),
+    "VICReg, one step": ("vicreg.py", "--batch 512 --epochs 1 --lr 3e-4", [NOTHING, NOT_YET]),
+    "a fifth of the images blank": ("vicreg.py", "--data blank.npz --batch 32 --epochs 8", [PARTIAL]),
+    "a rare class of one picture": ("vicreg.py", "--data rare.npz --batch 32 --epochs 8", [PARTIAL])}
 SLOW = ["no diversity term", "no covariance term, 512 wide", "FALCON, tanh", "FALCON, no prior", "BA-SSL, one epoch"]
 
 
@@ -195,6 +198,16 @@ def reports(request, tmp_path_factory):
     np.savez(small / "small.npz",
              train_images=digits.images[:512, 0].clamp(0, 1).numpy(), train_labels=digits.labels[:512].numpy(),
              test_images=digits.test_images[:360, 0].clamp(0, 1).numpy(), test_labels=digits.test_labels[:360].numpy())
+    with np.load(small / "small.npz") as arrays:
+        for name, share in (("blank", 5), ("rare", 26)):             # every so many images, of a class of their own
+            odd = dict(arrays)
+            for split in ("train", "test"):
+                x, y = odd[f"{split}_images"].copy(), odd[f"{split}_labels"].copy()
+                count = len(x[::share])
+                x[::share] = .5 * np.eye(20) + 1e-5 * np.random.default_rng(0).standard_normal((count, 20, 20))
+                y[::share] = 10
+                odd |= {f"{split}_images": x.clip(0, 1).astype(np.float32), f"{split}_labels": y}
+            np.savez(small / f"{name}.npz", **odd)
     items = [item for item in request.session.items
              if item.path == Path(__file__) and not item.get_closest_marker("skip")]
     chosen = {item.callspec.params["run"] for item in items
@@ -204,7 +217,8 @@ def reports(request, tmp_path_factory):
         script, options, _ = RUNS[name]
         folder = small / name.replace(" ", "-").replace(",", "")
         folder.mkdir()
-        arguments = ["--data", small / "small.npz", "--width", 4, *options.split(), "--out", "run"]
+        arguments = ["--data", "small.npz", "--width", 4, *options.split(), "--out", "run"]
+        arguments = [small / word if str(word).endswith(".npz") else word for word in arguments]
         done = forked(script, arguments, folder)
         assert done.returncode == 0, done.stderr
         return json.loads((folder / "run" / "report.json").read_text())
@@ -302,7 +316,9 @@ def test_classes_at_one_point_are_named_by_their_labels():
     z[labels == 20] = 5 + 1e-3 * white(25, 6)
     found = collapse_panel(z, labels=labels[:, None].numpy())
     assert (found["classes"], found["classes at one point"]) == (4, [20])
-    for wrong in (labels[:50], labels.double() + .5, ["a"] * 100):
+    named = [["cat", "dog", "eel", "fox"][label // 10] for label in labels]
+    assert collapse_panel(z, labels=named)["classes at one point"] == ["eel"]
+    for wrong in (labels[:50], labels.double() + .5, named[:50], [[1], 2]):
         with pytest.raises(ValueError, match="labels must be whole numbers"):
             collapse_panel(z, labels=wrong)
 

@@ -149,7 +149,7 @@ def parse(parser):
         return args, None
     if given - {"--resume", "--epochs"}:
         die("--resume takes no other option but --epochs: the run keeps its own")
-    epochs = args.epochs if "--epochs" in given else None
+    epochs = args.epochs
     path = Path(args.resume, "last.pt")
     if not path.is_file():
         die(f"cannot resume {args.resume}: there is no {path}; give the folder of a run, or start a new run")
@@ -172,7 +172,7 @@ def parse(parser):
                 raise ValueError(f"its --{name} {value} cannot be typed again, it would be {again}")
     except Exception as error:                           # cut short, not a checkpoint
         die(f"cannot resume {args.resume}, its last.pt does not serve ({error}): start a new run")
-    if epochs is not None:
+    if "--epochs" in given:
         if not done == args.epochs < epochs:
             die(f"--epochs {epochs}: the run stands at {done} of its {args.epochs}; it can be made longer "
                 "than these once it has ended")
@@ -255,7 +255,6 @@ def make_encoder(args, data):
     torch.manual_seed(args.seed)
     channels, *sides = data.images.shape[1:]
     wanted = dict(channels=channels, axes=len(sides))
-    origin = f"encoder of {args.init}" if args.init else "random encoder"
     if args.encoder:                                                 # a resumed run: its weights come later
         encoder = Encoder(**args.encoder | wanted)
     elif args.init:
@@ -276,7 +275,7 @@ def make_encoder(args, data):
         encoder = Encoder(**wanted, width=args.width, depth=args.depth, large=min(sides) >= 96)
     args.encoder = encoder.config
     args.width, args.depth = [encoder.config[name] for name in ("width", "depth")]
-    encoder.origin = origin
+    encoder.origin = f"encoder of {args.init}" if args.init else "random encoder"
     return encoder
 
 

@@ -132,6 +132,13 @@ def names_of(data):
     return np.array(data.files), np.array(data.test_files)
 
 
+def class_names(data, rows):
+    """The names of the classes of these test images, a list; None if there are no labels."""
+    if data.labels is None:
+        return None
+    return [str(data.classes[label]) for label in data.test_labels[rows]]
+
+
 # ---- What the numbers mean ---------------------------------------------------------------------------------
 def extremes(name, images):
     """Least and greatest of all numbers; ValueError if one of them is NaN or infinite."""

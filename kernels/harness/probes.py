@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .. import collapse_panel, few_label_accuracy, knn_accuracy, verdict
 from .files import atomic_write, atomic_write_text
-from .images import encode, limited, names_of, sample_rows
+from .images import class_names, encode, limited, names_of, sample_rows
 from .page import page_of_run
 from .pictures import plot_curves, plot_embedding, plot_neighbours, plot_views
 from .prepare import save_encoder
@@ -38,6 +38,10 @@ def small_pixels(x):
     return F.interpolate(x, sides, mode="area").flatten(1)
 
 
+def finite(*features):
+    return all(h.isfinite().all() for h in features)
+
+
 def probe(data, h, h_test):
     """Accuracy of k-NN, of a linear probe and from 1, 5, 10 labels a class.
 
@@ -46,7 +50,7 @@ def probe(data, h, h_test):
     if data.labels is None:
         return {}
     names = "k-NN", "linear", "1 a class", "5 a class", "10 a class"
-    if not (h.isfinite().all() and h_test.isfinite().all()):
+    if not finite(h, h_test):
         print("note: features are not finite: no probes")
         return dict.fromkeys(names, math.nan)
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
@@ -68,8 +72,9 @@ def quick_probe(model, data):
     found = {"RankMe": collapse_panel(z)["RankMe"]}
     if data.labels is not None:
         h = encode(model.encoder, data.images, device=device)
-        finite = h.isfinite().all() and h_test.isfinite().all()      # if not, this epoch is the last one
-        found["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels) if finite else math.nan
+        found["knn"] = math.nan                                      # where this epoch is the last one
+        if finite(h, h_test):
+            found["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
     return found
 
 
@@ -90,7 +95,9 @@ def examine(model, data):
     h1, h2 = encode(encode_views, data.test_images, rows, device, axis=1)
     features = h_test[rows], h1, h2                                  # of the images, and of two views of each
     embeddings = [model.projector(x) for x in features]
-    panels = {"encoder h": collapse_panel(*features), "projector z": collapse_panel(*embeddings)}
+    classes = class_names(data, rows)
+    panels = {"encoder h": collapse_panel(*features),
+              "projector z": collapse_panel(*embeddings, labels=classes)}
     h_test = h_test.cpu()
     return Findings(h, h_test, probe(data, h, h_test), panels)
 
