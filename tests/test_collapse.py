@@ -187,7 +187,8 @@ RUNS = {
     "VICReg, one step": ("vicreg.py", "--batch 512 --epochs 1 --lr 3e-4", [NOTHING, NOT_YET]),
     "a fifth of the images blank": ("vicreg.py", "--data blank.npz --batch 32 --epochs 8", [PARTIAL]),
     "a rare class of one picture": ("vicreg.py", "--data rare.npz --batch 32 --epochs 8", [PARTIAL])}
-SLOW = ["no diversity term", "no covariance term, 512 wide", "FALCON, tanh", "FALCON, no prior", "BA-SSL, one epoch"]
+SLOW = ["no diversity term", "no covariance term, 512 wide", "FALCON, tanh", "FALCON, no prior", "BA-SSL, one epoch",
+        "a fifth of the images blank", "a rare class of one picture"]
 
 
 @pytest.fixture(scope="module")
