@@ -445,23 +445,27 @@ class CollapseWatch:
     """watch() -> the verdict on a network as it is now, beside what it was when the watch was made.
 
     embed: inputs -> embeddings [N, D], a module or any function; x, x1, x2: N images and two views of each.
-    A module is in eval mode meanwhile. `panel` holds the last measures, `untrained` the first.
+    network: the module that is in eval mode meanwhile, and as it was afterwards; embed, if that is one: of a
+    function say which it calls, or dropout and running means see these images, too.
+    `panel` holds the last measures, `untrained` the first.
     """
 
-    def __init__(self, embed, x, x1, x2):
+    def __init__(self, embed, x, x1, x2, network=None):
         self.embed, self.inputs = embed, (x, x1, x2)
+        self.network = embed if network is None else network
         self.untrained = self.panel = self.measure()
 
     @torch.no_grad()
     def measure(self):
-        training = getattr(self.embed, "training", False)
-        if training:
-            self.embed.eval()
+        modules = [*self.network.modules()] if isinstance(self.network, torch.nn.Module) else []
+        training = [module.training for module in modules]
         try:
+            for module in modules:
+                module.training = False
             return collapse_panel(*(self.embed(x) for x in self.inputs))
         finally:
-            if training:
-                self.embed.train()
+            for module, mode in zip(modules, training):
+                module.training = mode
 
     def __call__(self):
         self.panel = self.measure()

@@ -14,6 +14,9 @@ from pathlib import Path
 
 COLUMNS = "k-NN", "linear", "1 a class", "5 a class", "10 a class"       # of the trained encoder
 PANEL = "RankMe", "participation", "raw std", "cosine", "view ratio"     # of z
+PANELS = {"knn": "k-NN accuracy, test features", "RankMe": "RankMe of z, up to 256 test images",
+          "loss": "loss"}
+STYLES = "-", "--", "-.", ":"
 NO_OPTIONS = "encoder", "digest", "numbers", "version", "out", "resume", "device"
 
 
@@ -50,44 +53,54 @@ def results(run):
 
 def differing(runs):
     """{option: [text of each run]} of those that are not the same in all."""
-    names = dict.fromkeys(name for run in runs for name in run["config"] if name not in NO_OPTIONS)
-    found = {name: [str(run["config"].get(name, "")) for run in runs] for name in names}
-    return {name: values for name, values in found.items() if len({*values}) > 1}
+    found = {}
+    for name in dict.fromkeys(name for run in runs for name in run["config"]):
+        values = [str(run["config"].get(name, "")) for run in runs]
+        if name not in NO_OPTIONS and len({*values}) > 1:
+            found[name] = values
+    return found
 
 
 def print_columns(lines):
     """Lines of cells, each column as wide as its widest cell; columns that are empty in all are left out."""
-    header, *rows = lines
-    kept = [k for k in range(len(header)) if k == 0 or any(row[k] for row in rows)]
-    widths = [max(len(line[k]) for line in lines) for k in kept]
-    for line in lines:
-        name, *cells = [line[k] for k in kept]
-        print(name.ljust(widths[0]), *(cell.rjust(width + 1) for cell, width in zip(cells, widths[1:])))
+    names, *columns = zip(*lines)
+    columns = [column for column in columns if any(column[1:])]
+    padded = []
+    for column in columns:
+        width = max(map(len, column))
+        padded.append([cell.rjust(width + 1) for cell in column])
+    width = max(map(len, names))
+    for name, *cells in zip(names, *padded):
+        print(name.ljust(width), *cells)
 
 
 def plot(runs, path):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
     figure = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = {"knn": "k-NN accuracy, test features", "RankMe": "RankMe of z, up to 256 test images",
-              "loss": "loss"}
     there = {key for run in runs for line in run["history"] for key in line}
-    panels = {key: title for key, title in panels.items() if key in there}
-    for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    panels = [key for key in PANELS if key in there]
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for axis, key in zip(axes[0], panels):
+        seen = []
         for k, run in enumerate(runs):
-            points = [(line["epoch"], line[key]) for line in run["history"] if key in line]
-            if points:
-                marker = "o" if len(points) < 50 else ""
-                style = {"linestyle": ("-", "--", "-.", ":")[k % 4], "markersize": 9 - 2 * min(k, 3)}
-                axis.plot(*zip(*points), marker=marker, label=run["name"], color=f"C{k}", alpha=0.8, **style)
-        axis.set(title=title, xlabel="epoch")
+            lines = [line for line in run["history"] if key in line]
+            epochs = [line["epoch"] for line in lines]
+            values = [line[key] for line in lines]
+            style = {"color": f"C{k}", "linestyle": STYLES[k % 4]}
+            if len(values) < 50:                         # runs that are alike show around each other
+                style |= {"marker": "o", "markersize": 9 - 2 * min(k, 3)}
+            axis.plot(epochs, values, label=run["name"], alpha=0.8, **style)
+            seen += values
+        axis.set(title=PANELS[key], xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        values = [line[key] for run in runs for line in run["history"] if key in line]
-        if key != "loss":
-            axis.set_ylim(0, 1.03 if key == "knn" else 1.08 * max(values))
-        if key == "loss" and 0 < 20 * min(values) < max(values) < math.inf:
+        if key == "knn":
+            axis.set_ylim(0, 1.03)
+        elif key == "RankMe":
+            axis.set_ylim(0, 1.08 * max(seen))
+        elif 0 < 20 * min(seen) < max(seen) < math.inf:
             axis.set_yscale("log")
-    figure.legend(handles=figure.get_axes()[-1].lines, loc="outside lower center", ncols=min(4, len(runs)))
+    figure.legend(handles=axis.lines, loc="outside lower center", ncols=min(4, len(runs)))
     figure.savefig(path, dpi=120)
 
 
@@ -103,15 +116,21 @@ def main():
     runs = [read_run(folder) for folder in args.runs]
 
     rows = [results(run) for run in runs]
-    print_columns([["", *rows[0]], *([run["name"], *row.values()] for run, row in zip(runs, rows))])
+    lines = [["", *rows[0]]]
+    for run, row in zip(runs, rows):
+        lines.append([run["name"], *row.values()])
+    print_columns(lines)
     options = differing(runs)
     if options:
         print("\noptions that differ")
-        names = [run["name"] for run in runs]
-        print_columns([["", *names], *([name, *values] for name, values in options.items())])
+        lines = [["", *(run["name"] for run in runs)]]
+        for name, values in options.items():
+            lines.append([name, *values])
+        print_columns(lines)
     elif len(runs) > 1:
         print("\nno options differ")
-    if len({run["config"].get("digest") for run in runs}) > 1:
+    images = {run["config"].get("digest") for run in runs}
+    if len(images) > 1:
         print("\nnote: these runs were trained on different images: their accuracies are not of one test")
     try:
         plot(runs, args.out)

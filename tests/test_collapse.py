@@ -367,6 +367,20 @@ def test_a_watch_compares_with_the_start_and_leaves_the_network_as_it_is():
     assert CollapseWatch(lambda x: x[:, :4], x, *views)().startswith(NOTHING)
 
 
+def test_a_watch_of_a_function_leaves_the_modules_that_it_calls_as_they_are():
+    """Running means, dropout, and a part that its user holds in eval mode."""
+    network = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(.5))
+    network.train()
+    network[1].eval()
+    x = torch.randn(100, 20)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    watch = CollapseWatch(lambda x: 2 * network(x), x, x + .1, x - .1, network)
+    assert watch.untrained["dead"] == 0 and watch() == watch()       # no dropout
+    assert [module.training for module in network] == [True, False, True]
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
 def test_the_sentence_names_the_criterion_that_failed_with_value_and_bound_alone():
     sentence = verdict(collapse_panel(*near(line())))
     assert sentence == "DIMENSIONAL COLLAPSE: participation is 1.00 of at most 64 (bound 1.25)."

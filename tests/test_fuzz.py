@@ -5,9 +5,7 @@ The first twelfth by default; `pytest -m slow tests/test_fuzz.py` tries all, in 
 """
 import io
 import random
-import resource
 import struct
-import time
 import zipfile
 from pathlib import Path
 
@@ -18,48 +16,16 @@ from PIL import Image
 
 from kernels.harness.cli import NOT_TYPED, options
 from kernels.harness.reading import read_images
+from damage import bounded, damaged, share
 from scripts import SMALL, call, saved, small_arrays
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def share(count):
-    """count seeds: the first twelfth by default, the rest slow."""
-    return [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= count // 12)) for seed in range(count)]
-
-
 @pytest.fixture(autouse=True)
 def bounds():
-    """10 s and 2 GB more than there is now, for each test."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, before[1]))
-    start = time.monotonic()
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-    assert time.monotonic() - start < 10
-
-
-def damaged(data, rng):
-    """Bytes with one to three faults of the kinds that disks, transfers and editors make."""
-    data = bytearray(data)
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(data))
-        span = min(rng.choice([1, 2, 16, 512]), len(data) - at)
-        kind = rng.randrange(6)
-        if kind == 0:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[at:at + span] = rng.randbytes(span)
-        elif kind == 2:
-            data[at:at + span] = bytes(span)
-        elif kind == 3:
-            del data[at:at + span]
-        elif kind == 4:
-            data[at:at] = data[at:at + span]
-        else:
-            del data[max(8, at):]
-    return bytes(data)
+    with bounded():
+        yield
 
 
 def refused_or(check, read, *arguments):

@@ -7,65 +7,26 @@ import csv
 import gzip
 import io
 import random
-import resource
 import struct
-import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-import torch
 
 from kernels.harness.reading import read_images
+from damage import bounded, damaged, share
 
 SIDE = 12
 
 
-def share(count):
-    """count seeds: the first twelfth by default, the rest slow."""
-    return [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= count // 12)) for seed in range(count)]
-
-
 @pytest.fixture(autouse=True)
-def bounds(tmp_path, monkeypatch):
-    """An empty folder; 10 s and 2 GB more than there is now, for each test."""
+def bounds(tmp_path, monkeypatch, one_thread):
+    """An empty folder."""
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, before[1]))
-    start = time.monotonic()
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-    torch.set_num_threads(threads)
-    assert time.monotonic() - start < 10
-
-
-def damaged(data, rng):
-    """Bytes with one to three faults of the kinds that disks, transfers and editors make."""
-    data = bytearray(data)
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(max(1, min(len(data), rng.choice([400, 10**9]))))     # heads are short, and matter
-        if not data:
-            break
-        span = min(rng.choice([1, 2, 16, 512]), len(data) - at)
-        kind = rng.randrange(6)
-        if kind == 0:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[at:at + span] = rng.randbytes(span)
-        elif kind == 2:
-            data[at:at + span] = bytes(span)
-        elif kind == 3:
-            del data[at:at + span]
-        elif kind == 4:
-            data[at:at] = data[at:at + span]
-        else:
-            del data[max(8, at):]
-    return bytes(data)
+    with bounded():
+        yield
 
 
 def read(*arguments, **options):
@@ -123,7 +84,7 @@ def test_bytes_of_a_tiff(seed):
     name = rng.choice([*TIFFS])
     x = write_tiffs(name)
     path = Path("set/03.tif")
-    path.write_bytes(damaged(path.read_bytes(), rng))
+    path.write_bytes(damaged(path.read_bytes(), rng, heads=True))
     data = read("set", size=SIDE, value_range=(0, 4096))
     if data is None:
         return
@@ -156,7 +117,7 @@ def test_bytes_of_a_nifti(seed):
     for k, own in enumerate(x):
         nibabel.save(nibabel.Nifti1Image(own, np.eye(4)), f"set/{k:02}.{ending}")
     path = Path(f"set/03.{ending}")
-    path.write_bytes(damaged(path.read_bytes(), rng))
+    path.write_bytes(damaged(path.read_bytes(), rng, heads=True))
     data = read("set", value_range=(0, 4096))
     if data is None:
         return
@@ -182,7 +143,7 @@ def test_bytes_of_an_idx_file(seed):
     harmed = rng.choice([*content])
     for name, own in content.items():
         own = gzip.compress(own) if ending else own
-        own = damaged(own, rng) if name == harmed else own
+        own = damaged(own, rng, heads=True) if name == harmed else own
         content[name] = own
         Path("set", name + ending).write_bytes(own)
     data = read("set", value_range=(0, 255))
@@ -210,7 +171,7 @@ def test_bytes_of_a_table(seed):
     rows.writerow(["file", "class", "group"][:rng.choice([2, 3])])
     for k in range(16):
         rows.writerow([f"{k:02}.tif", rng.choice(["cat", 'a "dog", big', "öl"]), f"patient {k // 3}"])
-    Path("labels.csv").write_bytes(damaged(out.getvalue().encode(), rng))
+    Path("labels.csv").write_bytes(damaged(out.getvalue().encode(), rng, heads=True))
     data = read("set", size=8, labels="labels.csv")
     if data is None:
         return

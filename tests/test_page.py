@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from kernels.harness import page
-from kernels.harness.images import Data
+from kernels.harness.images import Data, limited
 from scripts import SMALL, command
 
 EVIL = ["</script><script>alert(1)</script>", "a\"b'c.png", "<b>&amp;.png", "\N{GRINNING FACE}/ü.png", "\udcff.png", "@DATA@",
@@ -154,6 +154,16 @@ def test_the_page_of_a_run_has_both_splits_in_order(tmp_path):
     cosines, rows = page.nearest(h)
     assert data["near"] == rows.tolist()
     assert np.allclose(data["cosines"], cosines.numpy(), atol=6e-5)
+
+
+def test_the_page_of_a_large_run_says_of_how_many_images_its_own_are(tmp_path, monkeypatch):
+    data = Data(flat(torch.arange(30.)), None, flat(torch.arange(60., 70)), None)
+    monkeypatch.setattr(page, "limited", lambda data: limited(data, most=8))
+    (tmp_path / "curves.png").write_bytes(b"")
+    findings = {"panels": {"z": {"std": 1.}}, "verdict": "No collapse: fine."}
+    page.page_of_run(data, SimpleNamespace(h=features(8), h_test=features(8)), findings, tmp_path)
+    text, shown = data_of(tmp_path / "browse.html")
+    assert "No collapse: fine. Looked at are 16 of the 40 images, drawn at random." in text and len(shown["names"]) == 16
 
 
 @command(f"{SMALL} --epochs 1")

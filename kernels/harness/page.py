@@ -20,7 +20,7 @@ from sklearn.cluster import KMeans
 
 from .. import bank_topk
 from .files import atomic_write_text
-from .images import fixed_order, names_of, pixels
+from .images import fixed_order, limited, names_of, pixels
 from .pictures import picture
 
 SIDE = 64                                                # of a thumbnail, pixels
@@ -47,11 +47,14 @@ def nearest(h, k=5):
 def alike_pairs(cosines, rows):
     """[(cosine, row, row)] of what nearest() gives, each pair once, the most alike first."""
     best = {}
-    for row, (values, others) in enumerate(zip(cosines.tolist(), rows.tolist())):
-        for value, other in zip(values, others):
-            best[min(row, other), max(row, other)] = value
+    count = rows.shape[1]
+    own = torch.arange(len(rows)).repeat_interleave(count)
+    for row, other, value in zip(own.tolist(), rows.flatten().tolist(), cosines.flatten().tolist()):
+        pair = min(row, other), max(row, other)
+        best[pair] = value
     pairs = [(value, *pair) for pair, value in best.items()]
-    return sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:PAIRS]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
+    return pairs[:PAIRS]
 
 
 def odd_rows(cosines):
@@ -67,9 +70,13 @@ def groups(h):
         warnings.simplefilter("ignore")                  # fewer distinct points than groups
         found = KMeans(count, n_init=2, random_state=0).fit(unit)
     away = np.linalg.norm(unit - found.cluster_centers_[found.labels_], axis=1)
-    members = [np.flatnonzero(found.labels_ == group) for group in range(count)]
-    members = [rows[away[rows].argsort(kind="stable")].tolist() for rows in members if len(rows)]
-    return sorted(members, key=lambda rows: (-len(rows), rows))
+    members = []
+    for group in range(count):
+        rows = np.flatnonzero(found.labels_ == group)
+        order = away[rows].argsort(kind="stable")
+        members.append(rows[order].tolist())
+    members.sort(key=lambda rows: (-len(rows), rows))
+    return [rows for rows in members if rows]
 
 
 def shown_rows(h):
@@ -77,9 +84,13 @@ def shown_rows(h):
     if len(h) <= MOST:
         return torch.arange(len(h))
     cosines, rows = nearest(h)
-    first = [row for _, *pair in alike_pairs(cosines, rows) for row in pair] + odd_rows(cosines)
-    chosen = [*dict.fromkeys(first + fixed_order(len(h)).tolist())][:MOST]
-    return torch.tensor(chosen).sort().values
+    chosen = []
+    for _, one, other in alike_pairs(cosines, rows):
+        chosen += [one, other]
+    chosen += odd_rows(cosines)
+    chosen += fixed_order(len(h)).tolist()
+    once = [*dict.fromkeys(chosen)]
+    return torch.tensor(once[:MOST]).sort().values
 
 
 # ---- Thumbnails --------------------------------------------------------------------------------------------
@@ -88,9 +99,11 @@ def thumbnail(x):
     image = Image.fromarray((picture(x) * 255).round().astype(np.uint8))
     scale = SIDE / max(image.size)
     size = [max(1, round(side * scale)) for side in image.size]
-    image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+    filtered = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+    image = image.resize(size, filtered)
     framed = Image.new("RGB", (SIDE, SIDE), "gray")
-    framed.paste(image, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    left, top = [(SIDE - side) // 2 for side in size]
+    framed.paste(image, (left, top))
     return framed
 
 
@@ -100,7 +113,8 @@ def sheet(load, rows):
     whole = Image.new("RGB", (SIDE * COLUMNS, SIDE * lines), "gray")
     for part in torch.arange(len(rows)).split(256):
         for place, x in zip(part.tolist(), load(rows[part])):
-            whole.paste(thumbnail(x), (SIDE * (place % COLUMNS), SIDE * (place // COLUMNS)))
+            line, column = divmod(place, COLUMNS)
+            whole.paste(thumbnail(x), (SIDE * column, SIDE * line))
     file = BytesIO()
     whole.save(file, "jpeg", quality=80)
     return address("jpeg", file.getvalue()), lines
@@ -134,44 +148,72 @@ def write_page(path, title, load, h, names, classes=None, parts=None, lead="", t
     cosines, near = nearest(own)
     place, lines = sheet(load, rows)
     pairs = [[row, other, value] for value, row, other in alike_pairs(cosines, near)]
+
+    def of_shown(words):
+        return None if words is None else [str(words[row]) for row in rows]
+
     data = {
-        "names": [str(names[row]) for row in rows],
-        "classes": [str(classes[row]) for row in rows] if classes is not None else None,
-        "parts": [parts[row] for row in rows] if parts is not None else None,
-        "near": near.tolist(), "cosines": [[round(value, 4) for value in line] for line in cosines.tolist()],
-        "pairs": pairs, "groups": groups(own), "odd": odd_rows(cosines),
-        "side": SIDE, "columns": COLUMNS, "lines": lines}
+        "names": of_shown(names),
+        "classes": of_shown(classes),
+        "parts": of_shown(parts),
+        "near": near.tolist(),
+        "cosines": cosines.double().round(decimals=4).tolist(),
+        "pairs": pairs,
+        "groups": groups(own),
+        "odd": odd_rows(cosines),
+        "side": SIDE,
+        "columns": COLUMNS,
+        "lines": lines}
     # Names come from files: in a script "<" could end it, and strange letters are escaped by json.
     text = json.dumps(data).replace("<", "\\u003c")
-    count = f"{len(h):,} images" if len(rows) == len(h) else \
-        f"{len(rows):,} of {len(h):,} images: the most alike, the odd ones and others at random"
-    figures = "".join(f"<figure><img alt='{file.stem}' src='{address('png', file.read_bytes())}'></figure>"
-                      for file in pictures)
-    values = {"TITLE": html.escape(str(title)), "LEAD": html.escape(lead), "COUNT": count,
-              "TABLES": "".join(map(table, tables)), "FIGURES": figures, "SHEET": place, "DATA": text}
+    count = f"{len(h):,} images"
+    if len(rows) < len(h):
+        count = f"{len(rows):,} of {count}: the most alike, the odd ones and others at random"
+    figures = ""
+    for file in pictures:
+        shown = address("png", file.read_bytes())
+        figures += f"<figure><img alt='{file.stem}' src='{shown}'></figure>"
+    values = {
+        "TITLE": html.escape(str(title)),
+        "LEAD": html.escape(lead),
+        "COUNT": count,
+        "TABLES": "".join(map(table, tables)),
+        "FIGURES": figures,
+        "SHEET": place,
+        "DATA": text}
     page = re.sub("@([A-Z]+)@", lambda found: values[found[1]], PAGE)
     atomic_write_text(path, page)
 
 
 def page_of_run(data, found, findings, folder):
-    """browse.html of a run: data limited(), found as examine() gives it, findings as in report.json."""
+    """browse.html of a run: found as examine() gives it, of limited(data); findings as in report.json."""
+    lead = findings["verdict"]
+    everything = len(data.images) + len(data.test_images)
+    data = limited(data)
     files, test_files = names_of(data)
     count = len(files)
+    seen = count + len(test_files)
+    if seen < everything:
+        lead += f" Looked at are {seen:,} of the {everything:,} images, drawn at random."
 
     def load(rows):
         first, second = rows[rows < count], rows[rows >= count] - count
-        x = [pixels(images, own) for images, own in ((data.images, first), (data.test_images, second))]
-        return torch.cat(x)                              # rows are in order
+        x = pixels(data.images, first)
+        x_test = pixels(data.test_images, second)
+        return torch.cat([x, x_test])                    # rows are in order
 
     classes = None
     if data.labels is not None:
-        classes = np.array(data.classes)[torch.cat([data.labels, data.test_labels])]
+        labels = torch.cat([data.labels, data.test_labels])
+        classes = np.array(data.classes)[labels]
     parts = ["train"] * count + ["test"] * len(test_files)
     tables = [findings["panels"]]
     if data.labels is not None:
         tables.insert(0, findings["probes"])
-    write_page(folder / "browse.html", folder, load, torch.cat([found.h, found.h_test]),
-               [*files, *test_files], classes, parts, findings["verdict"], tables, [folder / "curves.png"])
+    h = torch.cat([found.h, found.h_test])
+    names = [*files, *test_files]
+    pictures = [folder / "curves.png"]
+    write_page(folder / "browse.html", folder, load, h, names, classes, parts, lead, tables, pictures)
 
 
 PAGE = """<!doctype html>

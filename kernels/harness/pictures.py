@@ -36,9 +36,11 @@ def loss_terms(history):
     Terms are logged before notes: they are the first so many whose sum is the loss; all if there are none.
     """
     names = [name for name in history[0] if name not in NO_TERMS]
-    for count in range(1, len(names)):
-        sums = [sum(line[name] for name in names[:count]) for line in history]
-        if all(math.isclose(total, line["loss"], rel_tol=1e-3) for total, line in zip(sums, history)):
+    loss = [line["loss"] for line in history]
+    total = np.zeros(len(history))
+    for count, name in enumerate(names, 1):
+        total += [line[name] for line in history]
+        if np.allclose(total, loss, rtol=1e-3, atol=0):
             return names[:count], names[count:]
     return names, []
 
@@ -53,7 +55,8 @@ def plot_curves(history, probes, folder):
     mark = "." if len(history) < 100 else ""
 
     def plot(name, **style):
-        axes[0].plot(epochs, [line[name] for line in history], marker=mark, **style)
+        values = [line[name] for line in history]
+        axes[0].plot(epochs, values, marker=mark, **style)
 
     terms, notes = loss_terms(history)
     plot("loss", label="loss", color="black", linewidth=2)
@@ -68,20 +71,22 @@ def plot_curves(history, probes, folder):
 
     ranks = [line.get("RankMe", math.nan) for line in history]
     axes[1].plot(epochs, ranks, "o")
-    highest = max((rank for rank in ranks if not math.isnan(rank)), default=1)
-    axes[1].set(title="RankMe of z, up to 256 test images", ylim=(0, 1.08 * highest))
+    axes[1].margins(y=0.08)                              # no point is cut by the frame
+    axes[1].set(title="RankMe of z, up to 256 test images", ylim=(0, None))
 
     if labelled:
         knn = [line.get("knn", math.nan) for line in history]
         axes[2].plot(epochs, knn, "o", label="trained encoder")
-        before = [name for name in probes if name != "trained encoder"]
-        for k, name in enumerate(before):
-            axes[2].axhline(probes[name]["k-NN"], color=f"C{k + 1}", label=name)
+        others = [name for name in probes if name != "trained encoder"]
+        for k, name in enumerate(others, 1):
+            level = probes[name]["k-NN"]
+            axes[2].axhline(level, color=f"C{k}", label=name)
         axes[2].set(title="k-NN accuracy, test features", ylim=(0, 1.03))
         axes[2].legend(fontsize=8)
     for axis in axes:
-        last = max(epochs[-1], 2)
-        axis.set(xlabel="epoch", xlim=(0.5 - 0.02 * last, last + 0.5 + 0.02 * last))
+        last = max(epochs[-1], 2)                        # one epoch has an axis, too
+        room = 0.5 + 0.02 * last
+        axis.set(xlabel="epoch", xlim=(1 - room, last + room))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     save_figure(figure, folder / "curves.png")
 
@@ -157,10 +162,10 @@ def plot_images(rows, file, words=None):
     """A row of pictures for each of {title: images [n, C, *S]}, all of one shape; words: {title: two lines
     below each of its pictures}."""
     words = words or {}
-    count = max(len(images) for images in rows.values())
-    figure = Figure(figsize=(2 + 1.3 * count, 0.3 + sum(1.3 + 0.35 * (name in words) for name in rows)))
-    figure.subplots_adjust(0, 0, 1, 1)
-    width, height = figure.get_size_inches()
+    count = max(map(len, rows.values()))
+    width = 2 + 1.3 * count                              # inches, as all below
+    height = 0.3 + 1.3 * len(rows) + 0.35 * len(words)
+    figure = Figure(figsize=(width, height))
     axis = figure.add_axes([0, 0, 1, 1])                 # one for all: an axis for each takes seconds
     axis.set(xlim=(0, width), ylim=(0, height))
     axis.set_axis_off()
@@ -169,13 +174,19 @@ def plot_images(rows, file, words=None):
         axis.text(1.4, top - 0.6, name, ha="right", va="center", fontsize=11)
         for k, x in enumerate(images):
             shown = picture(x)
-            tall, wide = [1.2 * side / max(shown.shape[:2]) for side in shown.shape[:2]]
-            left, low = 1.6 + 1.3 * k + (1.2 - wide) / 2, top - 0.6 - tall / 2
+            sides = np.array(shown.shape[:2])
+            tall, wide = 1.2 * sides / sides.max()
+            left = 2.2 + 1.3 * k - wide / 2
+            low = top - 0.6 - tall / 2
             axis.imshow(shown, extent=(left, left + wide, low, low + tall))
-            axis.add_patch(Rectangle((left, low), wide, tall, fill=False, edgecolor="gray", linewidth=0.8))
-        for k, line in enumerate(words.get(name, [])):
-            axis.text(2.2 + 1.3 * k, top - 1.23, line, ha="center", va="top", fontsize=8, parse_math=False)
-        top -= 1.3 + 0.35 * (name in words)
+            frame = Rectangle((left, low), wide, tall, fill=False, edgecolor="gray", linewidth=0.8)
+            axis.add_patch(frame)
+        top -= 1.3
+        if name in words:
+            for k, line in enumerate(words[name]):
+                place = 2.2 + 1.3 * k, top + 0.07
+                axis.text(*place, line, ha="center", va="top", fontsize=8, parse_math=False)
+            top -= 0.35
     axis.set(xlim=(0, width), ylim=(0, height), aspect="auto")       # imshow has changed them
     save_figure(figure, file)
 
@@ -216,11 +227,12 @@ def plot_neighbours(data, h, h_test, folder):
         return f"{value}  {own}".strip() + f"\n{shortened(name)}"
 
     words = {"test image": [lines("", test_files[row], data.test_labels, row) for row in rows.tolist()]}
-    for number, column in enumerate(nearest.indices.T, 1):
-        shown[f"nearest {number}"] = pixels(data.images, column)
-        cosines = nearest.values[:, number - 1].tolist()
-        words[f"nearest {number}"] = [lines(f"{value:.3f}", files[row], data.labels, row)
-                                      for value, row in zip(cosines, column.tolist())]
+    for number, (cosines, column) in enumerate(zip(nearest.values.T, nearest.indices.T), 1):
+        title = f"nearest {number}"
+        shown[title] = pixels(data.images, column)
+        words[title] = []
+        for value, row in zip(cosines.tolist(), column.tolist()):
+            words[title].append(lines(f"{value:.3f}", files[row], data.labels, row))
     plot_images(shown, folder / "neighbours.png", words)
 
 
@@ -245,19 +257,22 @@ def plot_embedding(data, h_test, folder):
             axis.add_artist(AnnotationBbox(image, place, frameon=False))
     else:
         count = len(data.classes)
-        if count <= 10:
-            colours = colormaps["tab10"].colors[:count]
-        elif count <= 20:
-            colours = colormaps["tab20"].colors[:count]
+        if count <= 20:
+            map_of_colours = colormaps["tab10" if count <= 10 else "tab20"]
+            colours = map_of_colours.colors[:count]
         else:
             colours = colormaps["gist_rainbow"](np.linspace(0, 1, count))
         labels = data.test_labels[rows].numpy()
         for k in range(count):
             own = labels == k
-            if own.any() or count <= 40:
-                axis.scatter(*places[own].T, s=14, color=[colours[k]], marker="os^D"[k // 20 % 4],
-                             label=shortened(data.classes[k], 24).replace("$", r"\$"))
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, ncols=-(-count // 30),
-                    fontsize=11 if count <= 20 else 8)
+            if not own.any() and count > 40:
+                continue
+            name = shortened(data.classes[k], 24)
+            name = name.replace("$", r"\$")              # which begins a formula
+            marker = "os^D"[k // 20 % 4]
+            axis.scatter(*places[own].T, s=14, color=[colours[k]], marker=marker, label=name)
+        columns = math.ceil(count / 30)
+        size = 11 if count <= 20 else 8
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, ncols=columns, fontsize=size)
     axis.set(xticks=[], yticks=[], title="t-SNE of the encoder's test features")
     save_figure(figure, folder / "embedding.png")

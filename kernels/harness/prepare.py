@@ -8,6 +8,7 @@ Needs numpy and Pillow beside torch, tifffile for TIFF.
 import os
 from collections import Counter
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class Prepare:
         self.high = high
         self.given = given
         self.taken_as = Counter()
+        self.lock = Lock()                               # files are read in threads
         self.seen = self.outside = 0
 
     def state(self):
@@ -99,12 +101,16 @@ class Prepare:
 
     def note(self, kind):
         """Counts what was changed for it."""
-        if kind.photo and (kind.channels, self.target["channels"]) == (3, 1):
-            self.taken_as["colour, taken as gray"] += 1
-        elif (kind.channels, self.target["channels"]) == (1, 3):
-            self.taken_as["gray, taken as three equal channels"] += 1
+        found = []
+        channels = kind.channels, self.target["channels"]
+        if kind.photo and channels == (3, 1):
+            found.append("colour, taken as gray")
+        elif channels == (1, 3):
+            found.append("gray, taken as three equal channels")
         if kind.left_out:
-            self.taken_as["more pages or frames than the first, which is taken"] += 1
+            found.append("more pages or frames than the first, which is taken")
+        with self.lock:
+            self.taken_as.update(found)
 
     # ---- Images and arrays ---------------------------------------------------------------------------------
     def from_image(self, image):

@@ -197,5 +197,5 @@ def report(model, data, untrained, history, folder, **more_probes):
     plot_neighbours(probed, trained.h, trained.h_test, folder)
     plot_embedding(probed, trained.h_test, folder)
     save_features(model.encoder, data, trained, folder)
-    page_of_run(probed, trained, findings, folder)
+    page_of_run(data, trained, findings, folder)
     print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
