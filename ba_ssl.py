@@ -39,7 +39,7 @@ from einops import rearrange
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from kernels import bank_cross_entropy, bank_logsumexp, dictionary_loss, variance_covariance
+from kernels import bank_cross_entropy, bank_logsumexp, dictionary_loss, unit_rows, variance_covariance
 from kernels.harness.cli import (bounded, layer_sizes_or_none, load_data, make_encoder, open_folder, options,
                                  parse)
 from kernels.harness.encoder import Encoder                          # to be found here too
@@ -65,16 +65,17 @@ class BatchFusion(nn.Module):
     keep_slots: image i is channel i in every call; otherwise each call deals the images to the channels anew.
 
     Call it for each view by itself, leave out an incomplete last batch, and use the encoder alone in the end:
-    eval() changes nothing. ValueError for another mixing, one image, no layers, another B or rank of x, a
-    side that `patch` does not divide.
+    eval() changes nothing. ValueError for another mixing, one image, two with patches of one pixel, no
+    layers, another B or rank of x, a side that `patch` does not divide.
     """
 
     def __init__(self, batch, patch=4, layers=2, share=0.2, mixing="conv", keep_slots=False, axes=2):
         super().__init__()
         if mixing not in ("conv", "random", "grouped", "mixup"):
             raise ValueError(f"mixing {mixing!r} is none of conv, random, grouped, mixup")
-        if batch < 2 or layers < 1:
-            raise ValueError(f"batch = {batch}, layers = {layers}: it takes two images and a layer to mix")
+        if batch < 2 or layers < 1 or batch * patch == 2:            # of two images' single pixels nothing is left
+            raise ValueError(f"batch {batch}, layers {layers}, patch {patch}: it takes two images and a layer to "
+                             "mix, and of no more than two patches above one pixel")
         self.batch = batch
         self.patch = patch
         self.share = share
@@ -155,7 +156,7 @@ def nt_xent(z1, z2, temperature=0.2):
     ValueError for views of different shapes.
     """
     same_shape(z1, z2)
-    z = F.normalize(torch.cat([z1, z2]))                             # [2B, d]
+    z = unit_rows(torch.cat([z1, z2]))                               # [2B, d]
     itself = torch.arange(len(z), device=z.device)
     partner = itself.roll(len(z1))
     return bank_cross_entropy(z, z, partner, temperature, exclude=itself)
@@ -177,8 +178,8 @@ def falcon_terms(z1, z2, seed, codes=512, eps=1e-8):
     n, f = z1.shape
     length = math.sqrt(f / n)
     temperature = f / (math.sqrt(n) * math.log((1 - eps * (codes - 1)) / eps))
-    z1 = length * F.normalize(z1)
-    z2 = length * F.normalize(z2)
+    z1 = length * unit_rows(z1)
+    z2 = length * unit_rows(z2)
     prior, cross_entropy = dictionary_loss(z1, z2, codes, seed, temperature)
     return {"prior": prior, "cross_entropy": cross_entropy}
 
@@ -191,9 +192,9 @@ def icone_terms(z1, z2, table, index, temperature=0.2):
     same_shape(z1, z2)
     if index.shape != z1.shape[:1]:
         raise ValueError(f"index must name a row for each of {len(z1)} images, got {[*index.shape]}")
-    u = F.normalize(table)
+    u = unit_rows(table)
     sums = bank_logsumexp(u[index], u, temperature, exclude=index)
-    z = F.normalize(z1) + F.normalize(z2)
+    z = unit_rows(z1) + unit_rows(z2)
     return {"alignment": 1 - (z * u[index]).sum(1).mean() / 2,
             "diversity": temperature * (sums.mean() - math.log(len(u) - 1))}
 

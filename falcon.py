@@ -38,7 +38,7 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from kernels import bank_topk, dictionary_loss, dictionary_reference, dictionary_signs
+from kernels import bank_topk, dictionary_loss, dictionary_reference, dictionary_signs, unit_rows
 from kernels.harness.cli import bounded, layer_sizes, load_data, make_encoder, open_folder, options, parse
 from kernels.harness.encoder import Encoder                          # to be found here too
 from kernels.harness.files import atomic_write_text
@@ -71,7 +71,7 @@ class Sphere(nn.Module):
         self.length = length
 
     def forward(self, x):
-        return self.length * F.normalize(x)
+        return self.length * unit_rows(x)
 
 
 def projection_head(features, sizes, final):

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from kernels import bank_logsumexp, bank_repulsion
+from kernels import bank_logsumexp, bank_repulsion, unit_rows
 from kernels.harness.cli import (bounded, layer_sizes_or_none, load_data, make_encoder, open_folder, options,
                                  parse)
 from kernels.harness.encoder import Encoder                          # to be found here too
@@ -184,7 +184,7 @@ class IConE(nn.Module):
         h1, h2 = self.encoder(views).chunk(2)
         h = torch.cat([gather(h1), gather(h2)])                      # [2B, E]
         z = self.projector(h)
-        z = F.normalize(z.to(self.table.dtype))                      # [2B, D]
+        z = unit_rows(z.to(self.table.dtype))                        # [2B, D]
         u = self.rows_of(index)                                      # [B, D]
         places, bank = self.bank_of_step(index.device)
         exclude = column_to_exclude(places, index)

@@ -7,7 +7,7 @@ from importlib import import_module
 __version__ = "2.0.0"
 
 NAMES = {
-    "bank": "bank_cross_entropy bank_logsumexp bank_reference bank_repulsion bank_topk",
+    "bank": "bank_cross_entropy bank_logsumexp bank_reference bank_repulsion bank_topk unit_rows",
     "collapse": "CollapseWatch collapse_panel few_label_accuracy knn_accuracy verdict",
     "covariance": "variance_covariance variance_covariance_reference",
     "dictionary": "dictionary_loss dictionary_reference dictionary_signs",

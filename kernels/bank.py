@@ -4,6 +4,7 @@
     bank_cross_entropy(q, bank, y, t)   mean_b (lse_b - q_b . m_{y_b} / t)
     bank_repulsion(q, bank)             mean_{b, n} max(0, q_b . m_n)^2
     bank_topk(q, bank, k)               the k largest q_b . m_n and their rows, exact
+    unit_rows(x)                        x_n / |x_n|, for cosines
 
 q [B, d], bank [N, d]. Every sum leaves out the columns exclude_b where `exclude` is given: a row of the bank
 does not repel itself. Rows are used as they are: normalise them if the dot product shall be a cosine.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .launch import (check_temperature, is_hopper, on_device, opaque, pick, programs, refuse_double_backward,
-                     tl, triton)
+                     refuse_transforms, tl, triton)
 
 
 # ---- Reference: the specification --------------------------------------------------------------------------
@@ -52,21 +53,22 @@ def bank_reference(q, bank, temperature, target=None, exclude=None):
 # in the same pass, and a detached bank needs no backward pass over the bank at all, nor to be what it was by
 # then. dm needs w again, tile by tile, from lse_b. With a running maximum c_b, sums and O are rescaled by
 # exp(c_old - c_new) whenever it grows; that is exact, and safe at any temperature. An excluded column has
-# s = -inf: weight 0 in both.
+# s = -inf: weight 0 in both. At 1/t = 10,000 an fp32 logit is .001 wrong: so lse_b is kept as its largest
+# logit and the logarithm of the rest, and the target's logit comes from the same product.
 #
 # All is done in base 2, with queries that carry log2(e)/t, since 2^x costs less than e^x: 40 % of the time on
 # CPUs, one instruction on GPUs. The queries are scaled outside of the autograd function, by autograd: so the
 # temperature gets its gradient from theirs, d/d(1/t) = sum_b q_b . dq_b.
 
 def _merge(top, total, out):
-    """Partial (maximum [S, B], sum [S, B], output [S, B, d] or None) of S slabs -> log2 sum [B], output [B,
-    d]."""
+    """Partial (maximum [S, B], sum [S, B], output [S, B, d] or None) of S slabs -> maximum [B], log2 of the
+    rest [B], output [B, d]."""
     high = top.amax(dim=0)
     weight = (top - high).exp2()
     total = (total * weight).sum(dim=0)
     if out is not None:
         out = (out * weight[:, :, None]).sum(dim=0) / total[:, None]
-    return high + total.log2(), out
+    return high, total.log2(), out
 
 
 # ---- Plain torch -------------------------------------------------------------------------------------------
@@ -87,31 +89,39 @@ def _chunks(q, bank, size):
         yield first, bank[first:first + size].to(q.dtype)
 
 
-def _add_at(matrix, index, first, number):
-    """matrix [C, B] of bank rows first to first + C: add the number at those of index [B, K] that lie inside.
+def _places(index, first, count):
+    """Places [K, B] of index [B, K] in a chunk of `count` bank rows from `first` on; `count` for all others.
 
-    Without a look at what lies inside, which on a GPU would have to be waited for.
+    Without a look at which these are, which on a GPU would have to be waited for.
     """
-    local = index - first
-    inside = (local >= 0) & (local < len(matrix))
-    number = torch.where(inside, number, 0.).to(matrix.dtype)
-    matrix.scatter_add_(0, local.clamp(0, len(matrix) - 1).T, number.T)
+    local = (index - first).T
+    return local.masked_fill_((local < 0) | (local >= count), count)
 
 
-def _forward_torch(q, bank, exclude, softmax, with_output, keep):
+def _leave_out(s, exclude, first):
+    """s [C + 1, B], a chunk's products and a spare row: -inf at those of exclude [B, K], NaN or not."""
+    s.scatter_(0, _places(exclude, first, len(s) - 1), -torch.inf)
+
+
+def _forward_torch(q, bank, exclude, target, softmax, with_output, keep):
     """As _forward. Tiles lie [C, B]: faster."""
     size = min(_chunk_rows(q), len(bank))
     qt = q.T.contiguous()
     top = q.new_full((len(q),), -torch.inf)
     total = q.new_zeros(len(q))
     out = torch.zeros_like(q) if with_output else None
-    weights = q.new_empty(len(bank) if keep else size, len(q))
+    weights = q.new_empty((len(bank) if keep else size) + 1, len(q))
+    positive = q.new_zeros(1, 0 if target is None else len(q))
     tops = []
     for first, rows in _chunks(q, bank, size):
-        at = first if keep else 0
-        s = torch.mm(rows, qt, out=weights[at:at + len(rows)])                             # [C, B]
+        tile = weights[first:] if keep else weights
+        tile = tile[:len(rows) + 1]                    # a spare row, for what is not in this chunk
+        s = torch.mm(rows, qt, out=tile[:-1])                                              # [C, B]
+        if target is not None:
+            tile[-1] = positive
+            positive = tile.gather(0, _places(target[:, None], first, len(rows)))
         if exclude is not None:
-            _add_at(s, exclude, first, -torch.inf)
+            _leave_out(tile, exclude, first)
         if softmax:
             new = torch.maximum(top, s.amax(dim=0))
             shift = new.clamp(min=torch.finfo(q.dtype).min)  # all excluded so far
@@ -128,32 +138,33 @@ def _forward_torch(q, bank, exclude, softmax, with_output, keep):
             total += torch.linalg.vector_norm(weight, dim=0).square()
         if with_output:
             out.addmm_(weight.T, rows)
-    value = total
+    rest = total
     if softmax:
-        value, out = _merge(top[None], total[None], None if out is None else out[None])
+        top, rest, out = _merge(top[None], total[None], None if out is None else out[None])
     tops = torch.stack(tops) if tops else q.new_empty(0)
-    return value, out, weights if keep else q.new_empty(0), tops
+    return top, rest, out, positive[0], weights[:-1] if keep else q.new_empty(0), tops
 
 
-def _backward_torch(q, bank, exclude, target, value, g, softmax):
-    """dL/d bank [N, d], sum_b g_b w_bn q_b, for q and value as in the forward; g [B] upstream."""
+def _backward_torch(q, bank, exclude, target, top, rest, g, softmax):
+    """dL/d bank [N, d], sum_b g_b w_bn q_b, for q, top and rest as in the forward; g [B] upstream."""
     dm = torch.empty(bank.shape, dtype=q.dtype, device=q.device)
-    weighted = q * g[:, None]
+    weighted = q * (g * (-rest).exp2() if softmax else g)[:, None]
     qt = q.T.contiguous()
     size = min(_chunk_rows(q), len(bank))
-    buffer = q.new_empty(size, len(q))
+    buffer = q.new_empty(size + 1, len(q))
     for first, rows in _chunks(q, bank, size):
-        s = torch.mm(rows, qt, out=buffer[:len(rows)])                                     # [C, B]
+        tile = buffer[:len(rows) + 1]
+        s = torch.mm(rows, qt, out=tile[:-1])                                              # [C, B]
         if exclude is not None:
-            _add_at(s, exclude, first, -torch.inf)
-        weight = s.sub_(value).exp2_() if softmax else s.clamp_(min=0)
+            _leave_out(tile, exclude, first)
+        weight = s.sub_(top).exp2_() if softmax else s.clamp_(min=0)                       # times 2^rest
         if target is not None:
-            _add_at(weight, target[:, None], first, -1.)
+            tile.scatter_add_(0, _places(target[:, None], first, len(rows)), -rest.exp2()[None])
         torch.mm(weight, weighted, out=dm[first:first + len(rows)])
     return dm
 
 
-def _backward_kept(q, bank, target, value, g, weights, tops):
+def _backward_kept(q, bank, target, top, rest, g, weights, tops):
     """As _backward_torch, from the weights [N, B] that the forward kept and what it took off their
     logarithms."""
     dm = torch.empty(bank.shape, dtype=q.dtype, device=q.device)
@@ -163,7 +174,7 @@ def _backward_kept(q, bank, target, value, g, weights, tops):
     for number, first in enumerate(range(0, len(bank), size)):
         rows = slice(first, first + size)
         if len(tops):
-            mixed = torch.mul(weighted, (tops[number] - value).exp2()[:, None], out=mixed)
+            mixed = torch.mul(weighted, (tops[number] - top - rest).exp2()[:, None], out=mixed)
         torch.mm(weights[rows], mixed, out=dm[rows])
     if target is not None:
         dm.index_add_(0, target, weighted, alpha=-1)
@@ -197,14 +208,17 @@ if triton is not None:
             q,  # [B, d], scaled; strides stride_q, stride_qd
             bank,  # [N, d]; strides stride_m, stride_md
             exclude,  # [B, EXCLUDE] rows of the bank, contiguous; not read if EXCLUDE is 0
+            target,  # [B] rows of the bank; not read without TARGET
             top,  # [slabs, B] out, maxima
             total,  # [slabs, B] out, sums
             out,  # [slabs, B, d] out, sums of weighted bank rows; not written without OUTPUT
+            positive,  # [slabs, B] out, s of the target if it is in this slab, else 0; only with TARGET
             B, N, d, rows_per_slab,
             stride_q, stride_qd,
             stride_m, stride_md,
             SOFTMAX: tl.constexpr,  # 2^s and its maximum; else max(0, s)^2
             EXCLUDE: tl.constexpr,  # how many rows each query leaves out
+            TARGET: tl.constexpr,  # whether there are targets
             OUTPUT: tl.constexpr,  # whether out is asked for
             OWN: tl.constexpr,  # queries of a program
             OTHER: tl.constexpr,  # bank rows at a time
@@ -218,6 +232,7 @@ if triton is not None:
         part = tl.program_id(2) * SLICE
         high = tl.full([OWN], -float("inf"), tl.float32)
         acc = tl.zeros([OWN], tl.float32)
+        own = tl.zeros([OWN], tl.float32)
         o = tl.zeros([OWN, SLICE], tl.float32)
         first = slab * rows_per_slab
         last = tl.minimum(first + rows_per_slab, N)
@@ -228,6 +243,9 @@ if triton is not None:
                 qk = _tile(q, b, B, k, d, stride_q, stride_qd, BLOCK_K)
                 mk = _tile(bank, n, last, k, d, stride_m, stride_md, BLOCK_K)
                 s += tl.dot(qk, tl.trans(mk), input_precision=PRECISION)
+            if TARGET:
+                y = tl.load(target + b, mask=b < B, other=-1)[:, None]
+                own += tl.sum(tl.where(n[None, :] == y, s, 0.), axis=1)        # rows from last on: s is 0
             s = tl.where((n < last)[None, :], s, -float("inf"))
             for number in tl.static_range(EXCLUDE):
                 without = tl.load(exclude + b * EXCLUDE + number, mask=b < B, other=-1)
@@ -250,6 +268,8 @@ if triton is not None:
         if part == 0:
             tl.store(top + at, high, mask=b < B)
             tl.store(total + at, acc, mask=b < B)
+            if TARGET:
+                tl.store(positive + at, own, mask=b < B)
         if OUTPUT:
             cols = part + tl.arange(0, SLICE)[None, :]
             tl.store(out + at[:, None] * d + cols, o, mask=(b[:, None] < B) & (cols < d))
@@ -260,7 +280,7 @@ if triton is not None:
             bank,  # [N, d]; strides stride_m, stride_md
             exclude,  # [B, EXCLUDE] rows of the bank, contiguous; not read if EXCLUDE is 0
             target,  # [B] rows of the bank; not read without TARGET
-            value,  # [B], log2 of the sums; not read without SOFTMAX
+            top, rest,  # [B], log2 of the sums in two parts; not read without SOFTMAX
             g,  # [B], upstream gradient
             dm,  # [N, d] out, contiguous
             B, N, d,
@@ -290,8 +310,9 @@ if triton is not None:
                 without = tl.load(exclude + b * EXCLUDE + number, mask=b < B, other=-1)
                 s = tl.where(n[:, None] == without[None, :], -float("inf"), s)
             if SOFTMAX:
-                shift = tl.load(value + b, mask=b < B, other=0.)[None, :]
-                weight = tl.exp2(tl.where(n[:, None] < N, s - shift, -float("inf")))
+                s -= tl.load(top + b, mask=b < B, other=0.)[None, :]
+                s -= tl.load(rest + b, mask=b < B, other=0.)[None, :]
+                weight = tl.exp2(tl.where(n[:, None] < N, s, -float("inf")))
             else:
                 weight = tl.maximum(s, 0.)
             if TARGET:
@@ -318,7 +339,7 @@ def _tiles(d, hopper=False):
     return dict(**sizes, PRECISION=PRECISION, num_warps=4 if hopper else 8, num_stages=2)
 
 
-def _forward_triton(q, bank, exclude, softmax, with_output):
+def _forward_triton(q, bank, exclude, target, softmax, with_output):
     """As _forward, keeping nothing."""
     B, d = q.shape
     N = len(bank)
@@ -333,16 +354,19 @@ def _forward_triton(q, bank, exclude, softmax, with_output):
     top = q.new_empty((slabs, B))
     total = q.new_empty((slabs, B))
     out = q.new_empty((slabs, B, d)) if with_output else None
+    positive = q.new_empty((slabs, 0 if target is None else B))
     count = 0 if exclude is None else exclude.shape[1]
     with on_device(q):
-        _slab[blocks, slabs, parts](q, bank, exclude, top, total, out, B, N, d, rows_per_slab, *q.stride(),
-                                    *bank.stride(), softmax, count, with_output, **tiles)
+        _slab[blocks, slabs, parts](q, bank, exclude, target, top, total, out, positive, B, N, d,
+                                    rows_per_slab, *q.stride(), *bank.stride(), softmax, count,
+                                    target is not None, with_output, **tiles)
+    positive = positive.sum(dim=0)
     if softmax:
-        return _merge(top, total, out)
-    return total.sum(dim=0), None if out is None else out.sum(dim=0)
+        return *_merge(top, total, out), positive
+    return top[0], total.sum(dim=0), None if out is None else out.sum(dim=0), positive
 
 
-def _backward_triton(q, bank, exclude, target, value, g, softmax):
+def _backward_triton(q, bank, exclude, target, top, rest, g, softmax):
     """As _backward_torch."""
     B, d = q.shape
     dm = torch.empty(bank.shape, dtype=q.dtype, device=q.device)
@@ -350,8 +374,8 @@ def _backward_triton(q, bank, exclude, target, value, g, softmax):
     count = 0 if exclude is None else exclude.shape[1]
     grid = triton.cdiv(len(bank), OWN), triton.cdiv(d, tiles["SLICE"])
     with on_device(q):
-        _bank_rows[grid](q, bank, exclude, target, value, g, dm, B, len(bank), d, *q.stride(), *bank.stride(),
-                         softmax, count, target is not None, **tiles)
+        _bank_rows[grid](q, bank, exclude, target, top, rest, g, dm, B, len(bank), d, *q.stride(),
+                         *bank.stride(), softmax, count, target is not None, **tiles)
     return dm
 
 
@@ -362,44 +386,50 @@ def _keeps(q, bank, use_triton):
     return not (use_triton or q.is_cuda) and len(q) * len(bank) <= KEEP
 
 
-def _shapes_forward(q, bank, exclude, softmax, with_output, trained, use_triton):
+def _shapes_forward(q, bank, exclude, target, softmax, with_output, trained, use_triton):
     B, N = len(q), len(bank)
     keep = trained and _keeps(q, bank, use_triton)
     chunks = -(-N // min(_chunk_rows(q), N)) if keep else 0
     out = torch.empty_like(q) if with_output else q.new_empty(0)
+    positive = q.new_empty(0 if target is None else B)
     weights = q.new_empty(N, B) if keep else q.new_empty(0)
-    return q.new_empty(B), out, weights, q.new_empty(chunks, B) if softmax and keep else q.new_empty(0)
+    shifts = q.new_empty(chunks, B) if softmax and keep else q.new_empty(0)
+    return q.new_empty(B), q.new_empty(B), out, positive, weights, shifts
 
 
 @opaque("bank_forward", _shapes_forward)
-def _forward(q: Tensor, bank: Tensor, exclude: Tensor | None, softmax: bool, with_output: bool, trained: bool,
-             use_triton: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q [B, d], scaled -> log2 sum_n 2^s_bn or sum_n max(0, s_bn)^2 [B]; O [B, d]; weights [N, B], shifts.
+def _forward(q: Tensor, bank: Tensor, exclude: Tensor | None, target: Tensor | None, softmax: bool,
+             with_output: bool, trained: bool,
+             use_triton: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q [B, d], scaled -> log2 sum_n 2^s_bn as maximum [B] and rest [B], or rest = sum_n max(0, s_bn)^2; O
+    [B, d]; s of the target [B]; weights [N, B], shifts.
 
     Empty tensors for what is not asked for: O only with_output, weights if _keeps and the bank is trained.
     """
     weights, shifts = q.new_empty(0), q.new_empty(0)
     if use_triton:
-        value, out = _forward_triton(q, bank, exclude, softmax, with_output)
+        top, rest, out, positive = _forward_triton(q, bank, exclude, target, softmax, with_output)
     else:
         keep = trained and _keeps(q, bank, use_triton)
-        value, out, weights, shifts = _forward_torch(q, bank, exclude, softmax, with_output, keep)
-    return value, q.new_empty(0) if out is None else out, weights, shifts
+        found = _forward_torch(q, bank, exclude, target, softmax, with_output, keep)
+        top, rest, out, positive, weights, shifts = found
+    return top, rest, q.new_empty(0) if out is None else out, positive, weights, shifts
 
 
-def _shapes_backward(q, bank, exclude, target, value, g, weights, shifts, softmax, use_triton):
+def _shapes_backward(q, bank, *rest):
     return q.new_empty(bank.shape)
 
 
 @opaque("bank_backward", _shapes_backward)
-def _backward(q: Tensor, bank: Tensor, exclude: Tensor | None, target: Tensor | None, value: Tensor,
-              g: Tensor, weights: Tensor, shifts: Tensor, softmax: bool, use_triton: bool) -> Tensor:
+def _backward(q: Tensor, bank: Tensor, exclude: Tensor | None, target: Tensor | None, top: Tensor,
+              rest: Tensor, weights: Tensor, shifts: Tensor, g: Tensor, softmax: bool,
+              use_triton: bool) -> Tensor:
     """dL/d bank [N, d] from what the forward left and g [B] upstream."""
     if use_triton:
-        return _backward_triton(q, bank, exclude, target, value, g, softmax)
+        return _backward_triton(q, bank, exclude, target, top, rest, g, softmax)
     if len(weights):
-        return _backward_kept(q, bank, target, value, g, weights, shifts)
-    return _backward_torch(q, bank, exclude, target, value, g, softmax)
+        return _backward_kept(q, bank, target, top, rest, g, weights, shifts)
+    return _backward_torch(q, bank, exclude, target, top, rest, g, softmax)
 
 
 # ---- Autograd ----------------------------------------------------------------------------------------------
@@ -413,15 +443,15 @@ class _BankSum(torch.autograd.Function):
     def forward(ctx, q, bank, exclude, target, softmax, symmetric, use_triton):
         with_output, trained = ctx.needs_input_grad[:2]
         trained = trained and not symmetric            # its gradient comes with that of q
-        value, out, weights, shifts = _forward(q, bank, exclude, softmax, with_output, trained, use_triton)
-        result = LN2 * value if softmax else value
+        found = _forward(q, bank, exclude, target, softmax, with_output, trained, use_triton)
+        top, rest, out, positive, weights, shifts = found
+        result = LN2 * (top + rest) if softmax else rest
         if target is not None:
-            positive = bank[target].to(q.dtype)        # [B, d]
-            result = result - LN2 * (q * positive).sum(dim=1)
+            result = LN2 * (top - positive + rest)     # in this order: the first two may be large, and equal
             if with_output:
-                out = out - positive
+                out = out - bank[target].to(q.dtype)
         # The bank, and what belongs to it, only if it is trained: else it may change before the backward.
-        kept = (q, bank, exclude, target, value, weights, shifts) if trained else ()
+        kept = (q, bank, exclude, target, top, rest, weights, shifts) if trained else ()
         ctx.save_for_backward(out, *kept)
         ctx.options = softmax, symmetric, use_triton
         return result
@@ -434,10 +464,9 @@ class _BankSum(torch.autograd.Function):
         g = g * (LN2 if softmax else 2)
         dq = dm = None
         if kept:
-            q, bank, exclude, target, value, weights, shifts = kept
+            q, bank, *_ = kept
             with torch.autocast(q.device.type, enabled=False):
-                dm = _backward(q, bank, exclude, target, value, g.contiguous(), weights, shifts, softmax,
-                               use_triton)
+                dm = _backward(*kept, g.contiguous(), softmax, use_triton)
             dm = dm.to(bank.dtype)
         if ctx.needs_input_grad[0]:
             dq = out * (2 * g if symmetric else g)[:, None]
@@ -496,6 +525,7 @@ def _distinct(exclude):
 
 def _apply(q, bank, temperature, exclude, target, softmax, impl):
     """Check, choose an implementation, run: [B]."""
+    refuse_transforms("a bank function", "bank_reference")
     _check(q, bank)
     check_temperature(temperature)
     if target is not None:
@@ -518,6 +548,16 @@ def _apply(q, bank, temperature, exclude, target, softmax, impl):
 
 
 # ---- Public ------------------------------------------------------------------------------------------------
+def unit_rows(x):
+    """Rows of x [N, d] at length 1, in fp32 or finer; rows shorter than 1e-12 become 0 and get gradient 0.
+
+    F.normalize divides these by 1e-12, and their gradients with them: one blank image can end a run.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = x.norm(dim=1, keepdim=True)
+    return x / length.masked_fill(length < 1e-12, torch.inf)
+
+
 def bank_logsumexp(q, bank, temperature, exclude=None, impl="auto"):
     """log sum_n exp(q_b . m_n / temperature), [B] fp32. See bank_cross_entropy."""
     return _apply(q, bank, temperature, exclude, None, True, impl)
@@ -568,6 +608,7 @@ def bank_topk(q, bank, k):
     In chunks. Computed and returned in the wider of both dtypes, fp32 at least; ties break arbitrarily. What
     is among the k largest lies in one of the k groups with the largest maxima: only these are sorted.
     """
+    refuse_transforms("bank_topk", "(q @ bank.T).topk(k)")
     _check(q, bank)
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} must lie between 1 and the bank's {len(bank)} rows")

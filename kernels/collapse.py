@@ -312,6 +312,7 @@ VIEW_RATIO = 0.8           # above this an embedding says next to nothing of its
 SHRUNK = 0.3               # raw std below this share of the untrained network's: training has shrunk it
 SHRUNK_VIEW_RATIO = 0.45   # takes VIEW_RATIO's place where training has shrunk it
 THINNER = 0.5              # participation or RankMe below this share of the untrained network's: narrower
+POINTED = 0.9              # mean cosine above this: images have one direction in common, and little beside it
 POINT = 0.05               # of the images at one point: more are no accident of the data
 DISTINCT = 0.25            # share of distinct embeddings: fewer are not
 
@@ -364,7 +365,7 @@ def _as_before(panel, untrained):
 def _remarks(panel):
     """What else is to be known, in words that end a sentence."""
     remarks = ""
-    if panel["cosine"] > 0.9:
+    if panel["cosine"] > POINTED:
         remarks += f"; the mean cosine of two images is {panel['cosine']:.3f}"
     if panel.get("dead"):
         remarks += f"; {panel['dead']:,} of {panel['width']:,} dimensions are dead"
@@ -380,7 +381,8 @@ def verdict(panel, untrained=None):
                             made narrower, or on a line; or a ratio near 1/2 and embeddings that it has shrunk
     DIMENSIONAL COLLAPSE    embeddings know their images, but on a line or in few dimensions
     PARTIAL COLLAPSE        a part of the images at one point, most of them equal to others, or a class
-    NOT SPREAD YET          as blind to its image as before training, but no narrower
+    NOT SPREAD YET          as blind to its image as before training, but no narrower; or in few dimensions
+                            beside one that all share, but not shrunk by training
     NOTHING LEARNT YET      views, spread and ranks are within a tenth of those before training
     CANNOT TELL             without views: spread, which noise would be, too; of width 1
     No collapse             none of these
@@ -426,6 +428,11 @@ def verdict(panel, untrained=None):
             return f"NOT SPREAD YET: {blind}; {narrower}, but they do not lie in few dimensions."
         return f"NOT SPREAD YET: {blind}, but no narrower than before training."
     if thin:
+        if untrained and panel["cosine"] > POINTED and not narrower.startswith("raw std"):
+            share = panel["raw std"] / max(untrained["raw std"], 1e-30)
+            return (f"NOT SPREAD YET: {thin} and the mean cosine of two images {panel['cosine']:.3f}, but "
+                    f"raw std is {share:.2g} of the untrained network's (bound {SHRUNK}): a plateau, or the "
+                    "way into a dimensional collapse.")
         return f"DIMENSIONAL COLLAPSE: {thin}."
     part = _part_at_a_point(panel)
     if part:

@@ -22,7 +22,8 @@ default; the Triton path does not.)
 import torch
 from torch import Tensor
 
-from .launch import on_device, opaque, pick, programs, refuse_double_backward, tl, triton
+from .launch import (on_device, opaque, pick, programs, refuse_double_backward, refuse_transforms, tl,
+                     triton)
 
 
 # ---- Reference: the specification --------------------------------------------------------------------------
@@ -64,6 +65,9 @@ def variance_covariance_reference(z, gamma=1.0, eps=1e-4):
 # where hollow() sets the diagonal to 0. For columns of R, dZ is as above with M = G + T T^T, which is Z_c
 # Z_c^T again, but nothing of T has to cancel in it. For those of T it is a (G T + T hollow(T^T T)) with no
 # part of var_d^2 to add.
+#
+# Squares of M overflow long before C does. So M, T and what is made of them are kept in units of u = 2^k,
+# near the largest standard deviation: M / u^2 and T / u, exact. The results are multiplied by u at the end.
 
 DOMINANT = 8                                           # a constant: nothing may depend on what the data are
 
@@ -72,6 +76,13 @@ def _apart(variance):
     """The columns of largest variance, [k]."""
     count = min(DOMINANT, variance.numel())
     return variance.topk(count).indices
+
+
+def _unit(variance):
+    """u, a power of 2, and 1 / u^2, both []."""
+    _, exponent = torch.frexp(variance.amax())
+    one = variance.new_ones(())
+    return torch.ldexp(one, exponent // 2), torch.ldexp(one, exponent // 2 * -2)
 
 
 def _with_dominant(g, t):
@@ -290,6 +301,7 @@ if triton is not None:
             partial,  # [splits, n, n] of _product
             m,  # [n, n] out; may be partial itself, if there is one split
             squares,  # [tiles, tiles] out, sum of squares of M by lower tile
+            shrink,  # [], what to multiply M with
             n, splits,
             HOLLOW: tl.constexpr,  # set the diagonal to 0
             BLOCK: tl.constexpr,  # side of a tile
@@ -309,6 +321,7 @@ if triton is not None:
         for split in range(0, splits):
             acc += tl.load(partial + at, mask=inside, other=0.)
             partial += tl.cast(n, tl.int64) * n
+        acc *= tl.load(shrink)
         if HOLLOW:
             acc = tl.where(r == c, 0., acc)
         tl.store(m + at, acc, mask=inside)
@@ -372,8 +385,8 @@ def _statistics_triton(z):
     return mean, variance
 
 
-def _product_triton(z, mean, keep, gram):
-    """M [n, n] and |M|^2; keep [D] says which columns of z are in the Gram matrix."""
+def _product_triton(z, mean, keep, shrink, gram):
+    """M / u^2 [n, n] and its sum of squares; keep [D]: columns of z in the Gram matrix; shrink: 1 / u^2."""
     x = z.T if gram else z                             # [L, n], a view
     long, n = x.shape
     tiles = triton.cdiv(n, PRODUCT["BLOCK"])
@@ -391,7 +404,7 @@ def _product_triton(z, mean, keep, gram):
     with on_device(z):
         _product[tiles, tiles, splits](x, mean, keep, partial, long, n, z.shape[1], *x.stride(), per_split,
                                        gram, **PRODUCT, **LAUNCH)
-        _fold[folds, folds](partial, m, squares, n, splits, not gram, FOLD)
+        _fold[folds, folds](partial, m, squares, shrink, n, splits, not gram, FOLD)
     return m, squares.sum()
 
 
@@ -412,59 +425,65 @@ def _shapes_forward(z, gram, use_triton):
     n, d = z.shape
     side, k = (n, min(DOMINANT, d)) if gram else (d, 0)
     new = z.new_empty(0, dtype=torch.promote_types(z.dtype, torch.float32)).new_empty
-    return new(2, d), new(d), new(side, side), new(()), new(n, k), new(n, k), new(k, dtype=torch.int64)
+    columns = new(k, dtype=torch.int64)
+    return new(2, d), new(d), new(()), new(side, side), new(()), new(n, k), new(n, k), columns
 
 
 def _covariance_side(z, use_triton):
-    """mean, var, M, (N-1)^2 D covariance."""
+    """mean, var, u, M / u^2, (N-1)^2 D covariance / u^4."""
     if use_triton:
         mean, variance = _statistics_triton(z)
-        m, squares = _product_triton(z, mean, None, False)
+        unit, shrink = _unit(variance)
+        m, squares = _product_triton(z, mean, None, shrink, False)
     else:
         zc, mean, variance = _centre_torch(z)
-        m = _product_torch(zc).fill_diagonal_(0)
+        unit, shrink = _unit(variance)
+        m = _product_torch(zc).mul_(shrink).fill_diagonal_(0)
         squares = _squares_torch(m)
-    return mean, variance, m, squares
+    return mean, variance, unit, m, squares
 
 
 def _gram_side(z, use_triton):
-    """mean, var, M, (N-1)^2 D covariance; T [N, k], G T + T hollow(T^T T) [N, k], the columns of T [k]."""
+    """The same; T / u [N, k], (G T + T hollow(T^T T)) / u^3 [N, k], the columns of T [k]."""
     if use_triton:
         mean, variance = _statistics_triton(z)
+        unit, shrink = _unit(variance)
         columns = _apart(variance)
         t = z[:, columns].float() - mean[0, columns] - mean[1, columns]
         keep = torch.ones_like(variance).index_fill_(0, columns, 0)
-        g, squares = _product_triton(z, mean, keep, True)
+        g, squares = _product_triton(z, mean, keep, shrink, True)
     else:
         zc, mean, variance = _centre_torch(z)
+        unit, shrink = _unit(variance)
         columns = _apart(variance)
         t = zc[:, columns]
-        g = _product_torch(zc.index_fill_(1, columns, 0).T)
+        g = _product_torch(zc.index_fill_(1, columns, 0).T).mul_(shrink)
         squares = _squares_torch(g)
-    diagonal = variance.index_fill(0, columns, 0) * (len(z) - 1)
+    diagonal = variance.index_fill(0, columns, 0) * shrink * (len(z) - 1)
+    t = t / unit
     extra, pull, m = _with_dominant(g, t)
-    return mean, variance, m, squares - diagonal.square().sum() + extra, t, pull, columns
+    return mean, variance, unit, m, squares - diagonal.square().sum() + extra, t, pull, columns
 
 
 @opaque("covariance_forward", _shapes_forward)
 def _forward(z: Tensor, gram: bool, use_triton: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                                               Tensor]:
+                                                               Tensor, Tensor]:
     """What _gram_side returns; on the covariance side no column is taken out: k = 0."""
     if gram:
         return _gram_side(z, use_triton)
-    mean, variance, m, squares = _covariance_side(z, use_triton)
-    no_columns = variance.new_empty(len(z), 0)                   # T, and its pull G T + T hollow(T^T T)
+    found = _covariance_side(z, use_triton)
+    no_columns = found[1].new_empty(len(z), 0)                   # T, and its pull G T + T hollow(T^T T)
     none = no_columns.new_empty(0, dtype=torch.int64)
-    return mean, variance, m, squares, no_columns, no_columns.clone(), none   # an op's outputs may not be one
+    return *found, no_columns, no_columns.clone(), none          # an op's outputs may not be one
 
 
-def _shapes_backward(z, mean, variance, m, t, pull, columns, *rest):
+def _shapes_backward(z, mean, variance, unit, m, *rest):
     return torch.empty_like(z, dtype=m.dtype)
 
 
 @opaque("covariance_backward", _shapes_backward)
-def _backward(z: Tensor, mean: Tensor, variance: Tensor, m: Tensor, t: Tensor, pull: Tensor, columns: Tensor,
-              g_variance: Tensor, g_covariance: Tensor, gamma: float, eps: float, gram: bool,
+def _backward(z: Tensor, mean: Tensor, variance: Tensor, unit: Tensor, m: Tensor, t: Tensor, pull: Tensor,
+              columns: Tensor, g_variance: Tensor, g_covariance: Tensor, gamma: float, eps: float, gram: bool,
               use_triton: bool) -> Tensor:
     """dZ of the derivation, [N, D]."""
     n, d = z.shape
@@ -473,9 +492,10 @@ def _backward(z: Tensor, mean: Tensor, variance: Tensor, m: Tensor, t: Tensor, p
     a = 4 * g_covariance / (d * (n - 1) ** 2)
     scale = hinge - a * (n - 1) * variance if gram else hinge
     product = _backward_triton if use_triton else _backward_torch
+    a = a * unit * unit                                          # what M lacks
     dz = product(z, mean, scale, m, a, gram)
     if gram:
-        dz[:, columns] = a * pull + hinge[columns] * t
+        dz[:, columns] = (a * pull + hinge[columns] * t) * unit
     return dz
 
 
@@ -484,11 +504,11 @@ class _VarianceCovariance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, gamma, eps, gram, use_triton):
         n, d = z.shape
-        mean, variance, m, squares, t, pull, columns = _forward(z, gram, use_triton)
-        ctx.save_for_backward(z, mean, variance, m, t, pull, columns)
+        mean, variance, unit, m, squares, t, pull, columns = _forward(z, gram, use_triton)
+        ctx.save_for_backward(z, mean, variance, unit, m, t, pull, columns)
         ctx.options = gamma, eps, gram, use_triton
         short = torch.relu(gamma - (variance + eps).sqrt())
-        return short.mean(), squares / ((n - 1) ** 2 * d)
+        return short.mean(), squares / ((n - 1) ** 2 * d) * unit * unit * unit * unit
 
     @staticmethod
     def backward(ctx, g_variance, g_covariance):
@@ -508,6 +528,7 @@ def variance_covariance(z, gamma=1.0, eps=1e-4, impl="auto", side="auto"):
     eps     added to the variance inside the root; at 0 a constant dimension has no gradient (NaN). A number.
     impl    "auto": Triton for CUDA tensors where it can be used, else "torch". "reference", "torch", "triton"
             force one; a forced "triton" takes CPU tensors if TRITON_INTERPRET=1 was set before import.
+            "reference" is plain autograd: torch.func takes it, and a backward inside autocast is in bf16.
     side    "auto": the N x N Gram matrix if 2N <= D, else the D x D covariance. "gram", "covariance": that.
 
     Returns (variance, covariance), two scalars >= 0 but for rounding, computed and returned in fp32 also
@@ -531,6 +552,7 @@ def variance_covariance(z, gamma=1.0, eps=1e-4, impl="auto", side="auto"):
         if impl == "reference":
             work = torch.promote_types(z.dtype, torch.float32)
             return variance_covariance_reference(z.to(work), gamma, eps)
+        refuse_transforms("variance_covariance", "impl='reference'")
         use_triton = pick(impl, [z]) == "triton"
         gram = side == "gram" or (side == "auto" and 2 * z.shape[0] <= z.shape[1])
         return _VarianceCovariance.apply(z, float(gamma), float(eps), gram, use_triton)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .launch import (INTERPRETED, check_temperature, on_device, opaque, pick, programs,
-                     refuse_double_backward, tl, triton)
+                     refuse_double_backward, refuse_transforms, tl, triton)
 
 
 # ---- Reference: the specification --------------------------------------------------------------------------
@@ -49,7 +49,8 @@ def dictionary_reference(h1, h2, W, temperature, prior="reverse"):
 # code suffice:
 #
 #   lse_i     log of the softmax' denominator: largest logit + log of the rest, kept apart for the digits
-#   m_j       log mean_i a_ij = logsumexp_i l_ij - log n, from logarithms: every a_.j may underflow
+#   m_j       log mean_i a_ij = logsumexp_i l_ij - log n, from logarithms: every a_.j may underflow; largest
+#             l_ij + log of the rest, kept apart
 #   E_i       sum_j a_ij log b_ij
 #   R_i       sum_j a_ij g_j,     g_j = m_j + log c (reverse prior) or -1 / (c 2^m_j) (forward)
 #
@@ -166,8 +167,8 @@ def _forward_torch(h, codes, seed, reverse, keep):
     rest = total.log2()                                                # log2 p = logit - top - rest
 
     log_c = math.log2(codes)
-    m = h.new_empty(2, codes)                                          # log2 of a view's mean assignment
-    E = h.new_zeros(2, n)                                              # sum_j p_ij log2 p'_ij, p' of the other
+    m = h.new_empty(2, 2, codes)                                       # log2 of a view's mean, two parts
+    E = h.new_zeros(2, n)                                              # sum_j p_ij log2 p'_ij, p' the other's
     R = h.new_zeros(2, n)                                              # a row's part of the prior
     for block in _blocks(h, codes):
         log = _place(logs, n, block, keep)
@@ -176,15 +177,16 @@ def _forward_torch(h, codes, seed, reverse, keep):
         log.sub_(top[:, :, None]).sub_(rest[:, :, None])
         high = log.amax(dim=1, keepdim=True)                           # [2, 1, C]
         p = torch.sub(log, high, out=_place(scratch, n, block, False)).exp2_()
-        mean = high + p.mean(dim=1, keepdim=True).log2()
-        m[:, block] = mean[:, 0]
+        mean = p.mean(dim=1, keepdim=True)
+        m[0, :, block] = high[:, 0]
+        m[1, :, block] = mean[:, 0].log2()
         if not reverse:
-            R -= (p * (high - mean).exp2()).sum(dim=2) / codes
+            R -= (p / mean).sum(dim=2) / codes
         p *= high.exp2()
         E[0] += torch.linalg.vecdot(p[0], log[1])
         E[1] += torch.linalg.vecdot(p[1], log[0])
         if reverse:
-            R += torch.linalg.vecdot(p, mean + log_c)
+            R += torch.linalg.vecdot(p, m[:, :, None, block].sum(dim=0) + log_c)
     return top, rest, m, E, R, logs if keep else logs[:0].clone()
 
 
@@ -194,9 +196,9 @@ def _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, g_prior, 
     signs = _held(codes, f, seed, h.device)
     dh = torch.zeros_like(h)
     ln2, log_c = math.log(2), math.log2(codes)
-    # 2n ds_ij = p_ij (of_row_i + of_log log2 p'_ij + ...) - g_cross p'_ij: see the derivation.
-    of_row = g_cross * (ln2 * E + 1) - g_prior * (ln2 * R if reverse else R)
-    of_log = -ln2 * g_cross
+    # 2n ds_ij = p_ij (g_cross ln 2 (E_i - log2 p'_ij) + of_row_i + ...) - g_cross p'_ij, as derived. E
+    # less log2 p' first: both may be large, and equal.
+    of_row = g_cross - g_prior * (ln2 * R if reverse else R)
     block_size = min(_block_size(h), codes)
     logs = kept if len(kept) else h.new_empty(2 * n * block_size)
     scratch = h.new_empty(2 * n * block_size)
@@ -207,16 +209,17 @@ def _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, g_prior, 
         log = _place(logs, n, block, len(kept))
         if not len(kept):
             _logits_torch(h, rows, log).sub_(top[:, :, None]).sub_(rest[:, :, None])
-        mean = m[:, None, block]
+        high, mean = m[:, :, None, block]                              # [2, 1, C] each
         p = torch.exp2(log, out=_place(scratch, n, block, False))
         slope = slopes[:n * len(rows)].view(n, len(rows))
         for view, other in ((0, 1), (1, 0)):           # one at a time: each array of both would cost memory
-            torch.addcmul(of_row[view, :, None], log[other], of_log, out=slope)
+            torch.sub(E[view, :, None], log[other], out=slope).mul_(ln2 * g_cross)
+            slope += of_row[view, :, None]
             if reverse:
-                slope += g_prior * ln2 * (mean[view] + log_c)
+                slope += g_prior * ln2 * (high[view] + mean[view] + log_c)
             slope.mul_(p[view]).addcmul_(p[other], g_cross, value=-1)
             if not reverse:
-                slope -= (log[view] - mean[view]).exp2_() * (g_prior / codes)
+                slope -= (log[view] - high[view]).exp2_() * (g_prior / codes * (-mean[view]).exp2())
             dh[view].addmm_(slope, rows)
     return dh
 
@@ -339,7 +342,7 @@ if triton is not None:
     def _code_means(
             h,  # [3, 2 n, width] bf16
             top, rest,  # [2, n] each, the two parts of lse
-            m,  # [2, codes] out
+            m,  # [2, 2, codes] out: two parts of both views
             n, codes, width, words, offset,
             ROWS: tl.constexpr,
             CODES: tl.constexpr,
@@ -363,8 +366,9 @@ if triton is not None:
             shift = tl.where(new == -float("inf"), 0., new)            # codes past the edge
             acc = acc * tl.exp2(high - shift) + tl.sum(tl.exp2(log - shift[None, :]), axis=0)
             high = new
-        mean = high + tl.log2(tl.where(code < codes, acc, 1.) / n)
-        tl.store(m + view * codes + code, mean, mask=code < codes)
+        at = m + view * codes + code
+        tl.store(at, high, mask=code < codes)
+        tl.store(at + 2 * codes, tl.log2(tl.where(code < codes, acc, 1.) / n), mask=code < codes)
 
     @triton.jit
     def _two_views(
@@ -396,10 +400,17 @@ if triton is not None:
         return tl.where(log == -float("inf"), 0., log)
 
     @triton.jit
+    def _two_parts(m, code, codes, last):
+        """The parts [1, C] of a view's m; 0 past the edge."""
+        high = tl.load(m + code, mask=code < last, other=0.)
+        rest = tl.load(m + 2 * codes + code, mask=code < last, other=0.)
+        return high[None, :], rest[None, :]
+
+    @triton.jit
     def _row_terms(
             h,  # [3, 2 n, width] bf16
             top, rest,  # [2, n] each
-            m,  # [2, codes]
+            m,  # [2, 2, codes]
             out,  # [slabs, 4, n] out: E of both views, R of both views
             n, codes, width, words, offset, log_c, codes_per_slab,
             REVERSE: tl.constexpr,
@@ -424,14 +435,14 @@ if triton is not None:
             b = tl.exp2(b_log)
             e_a += tl.sum(a * _finite(b_log), axis=1)
             e_b += tl.sum(b * _finite(a_log), axis=1)
-            m_a = tl.load(m + code, mask=code < last, other=0.)[None, :]
-            m_b = tl.load(m + codes + code, mask=code < last, other=0.)[None, :]
+            high_a, mean_a = _two_parts(m, code, codes, last)
+            high_b, mean_b = _two_parts(m + codes, code, codes, last)
             if REVERSE:
-                r_a += tl.sum(a * (m_a + log_c), axis=1)
-                r_b += tl.sum(b * (m_b + log_c), axis=1)
+                r_a += tl.sum(a * (high_a + mean_a + log_c), axis=1)
+                r_b += tl.sum(b * (high_b + mean_b + log_c), axis=1)
             else:
-                r_a -= tl.sum(tl.exp2(a_log - m_a), axis=1) / codes
-                r_b -= tl.sum(tl.exp2(b_log - m_b), axis=1) / codes
+                r_a -= tl.sum(tl.exp2(a_log - high_a - mean_a), axis=1) / codes
+                r_b -= tl.sum(tl.exp2(b_log - high_b - mean_b), axis=1) / codes
         at = out + slab.to(tl.int64) * 4 * n + row
         tl.store(at, e_a, mask=row < n)
         tl.store(at + n, e_b, mask=row < n)
@@ -441,7 +452,7 @@ if triton is not None:
     @triton.jit
     def _slope(
             log, other_log,  # [R, C], log2 p of this view and of the other one
-            m,  # [1, C] of this view
+            high, mean,  # [1, C], parts of m of this view
             E, R,  # [R, 1] of this view
             g_prior, g_cross,  # upstream
             log_c, codes,
@@ -452,9 +463,9 @@ if triton is not None:
         p = tl.exp2(log)
         slope = g_cross * (p * (LN2 * (E - _finite(other_log)) + 1) - tl.exp2(other_log))
         if REVERSE:
-            slope += g_prior * LN2 * p * (m + log_c - R)
+            slope += g_prior * LN2 * p * (high + mean + log_c - R)
         else:
-            slope -= g_prior * (tl.exp2(log - m) / codes + p * R)
+            slope -= g_prior * (tl.exp2(log - high - mean) / codes + p * R)
         return slope
 
     @triton.jit
@@ -472,7 +483,7 @@ if triton is not None:
     def _slopes(
             h,  # [3, 2 n, width] bf16
             top, rest,  # [2, n] each
-            m,  # [2, codes]
+            m,  # [2, 2, codes]
             terms,  # [4, n]: E of both views, R of both views
             upstream,  # [2]: gradients of prior and cross-entropy
             out,  # [3, 2, n, stride] bf16 out, 2n ds of codes first to last
@@ -495,15 +506,15 @@ if triton is not None:
         e_b = tl.load(terms + n + row, mask=row < n, other=0.)[:, None]
         r_a = tl.load(terms + 2 * n + row, mask=row < n, other=0.)[:, None]
         r_b = tl.load(terms + 3 * n + row, mask=row < n, other=0.)[:, None]
-        m_a = tl.load(m + code, mask=code < last, other=0.)[None, :]
-        m_b = tl.load(m + codes + code, mask=code < last, other=0.)[None, :]
+        high_a, mean_a = _two_parts(m, code, codes, last)
+        high_b, mean_b = _two_parts(m + codes, code, codes, last)
 
         at = out + row.to(tl.int64)[:, None] * stride + place[None, :]
         view = tl.cast(n, tl.int64) * stride
         inside = (row[:, None] < n) & (place[None, :] < stride)  # what lies between last and stride becomes 0
-        slope = _slope(a_log, b_log, m_a, e_a, r_a, g_prior, g_cross, log_c, codes, REVERSE)
+        slope = _slope(a_log, b_log, high_a, mean_a, e_a, r_a, g_prior, g_cross, log_c, codes, REVERSE)
         _store_parts(at, slope, 2 * view, inside)
-        slope = _slope(b_log, a_log, m_b, e_b, r_b, g_prior, g_cross, log_c, codes, REVERSE)
+        slope = _slope(b_log, a_log, high_b, mean_b, e_b, r_b, g_prior, g_cross, log_c, codes, REVERSE)
         _store_parts(at + view, slope, 2 * view, inside)
 
     @triton.jit
@@ -585,7 +596,7 @@ def _forward_triton(h, codes, seed, reverse):
     slabs, per_slab = _slabs(h, codes, blocks, ONE_VIEW["CODES"])
     tops = h.new_empty((slabs, 2 * n))
     totals = h.new_empty((slabs, 2 * n))
-    m = h.new_empty((2, codes))
+    m = h.new_empty((2, 2, codes))
     with on_device(h):
         _row_sums[blocks, slabs](parts, tops, totals, 2 * n, codes, *hashing, per_slab, **ONE_VIEW)
         top = tops.amax(dim=0)
@@ -643,14 +654,14 @@ def _shapes_forward(h, codes, seed, reverse, trained, use_triton):
     _, n, _ = h.shape
     kept = 2 * n * codes if trained and _keeps(h, codes, use_triton) else 0
     new = h.new_empty
-    return new(2, n), new(2, n), new(2, codes), new(2, n), new(2, n), new(kept)
+    return new(2, n), new(2, n), new(2, 2, codes), new(2, n), new(2, n), new(kept)
 
 
 @opaque("dictionary_forward", _shapes_forward)
 def _forward(h: Tensor, codes: int, seed: int, reverse: bool, trained: bool,
              use_triton: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h [2, n, f], scaled -> lse's two parts [2, n] each, m [2, c], E [2, n], R [2, n], what is kept of log
-    p."""
+    """h [2, n, f], scaled -> lse's two parts [2, n] each, m [2, 2, c], E [2, n], R [2, n], what is kept of
+    log p."""
     if use_triton:
         return *_forward_triton(h, codes, seed, reverse), h.new_empty(0)
     return _forward_torch(h, codes, seed, reverse, trained and _keeps(h, codes, use_triton))
@@ -681,7 +692,8 @@ class _DictionaryLoss(torch.autograd.Function):
         ctx.save_for_backward(h, *kept)
         ctx.options = codes, seed, reverse, use_triton
         ln2 = math.log(2)
-        return ln2 * (R.mean() if reverse else -m.mean()), -ln2 * E.mean()
+        prior = R.mean() if reverse else -m.sum(dim=0).mean()
+        return ln2 * prior, -ln2 * E.mean()
 
     @staticmethod
     def backward(ctx, g_prior, g_cross):
@@ -714,6 +726,7 @@ def dictionary_loss(h1, h2, codes, seed, temperature, prior="reverse", impl="aut
         raise ValueError(f"h1 {h1.dtype} and h2 {h2.dtype} must be floats")
     if h1.device != h2.device:
         raise ValueError(f"h1 is on {h1.device}, h2 on {h2.device}")
+    refuse_transforms("dictionary_loss", "dictionary_reference")
     codes, seed = _plain(codes), _plain(seed)
     if codes < 1 or seed < 0:
         raise ValueError(f"codes {codes} must be at least 1, seed {seed} at least 0")

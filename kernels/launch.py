@@ -126,6 +126,12 @@ def check_temperature(temperature):
         raise ValueError(f"temperature {temperature} must be above 0")
 
 
+def refuse_transforms(name, instead):
+    """RuntimeError inside grad, vmap, jvp and the others of torch.func."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(f"{name} cannot be transformed by torch.func (grad, vmap, jvp): use {instead}")
+
+
 def refuse_double_backward(name, instead=""):
     """Call in a backward: RuntimeError under create_graph=True."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

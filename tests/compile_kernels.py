@@ -39,7 +39,7 @@ INDICES = {"exclude", "target"}
 PARTS = {"_row_sums": ["h"], "_code_means": ["h"], "_row_terms": ["h"], "_slopes": ["h", "out"],
          "_times_signs": ["slopes"]}                   # in bf16
 FLOATS = {"mean", "variance", "keep", "partial", "m", "squares", "scale", "a", "dx", "top", "total", "out",
-          "value", "g", "dm", "rest", "terms", "upstream"}
+          "value", "g", "dm", "rest", "terms", "upstream", "shrink", "positive"}
 
 
 def kernels(target_name):

@@ -104,6 +104,10 @@ SYNTHETIC = {  # name: (embeddings of images, of two views; of the untrained net
     "a plateau, thin and blind as before": ((tuple(white(500, 1, k) @ white(1, 64, 5) for k in range(3)),
                                              tuple(white(500, 1, k + 9) @ white(1, 64, 5) for k in range(3))), NOT_YET),
     "in one direction as before": (((1 + 1e-3 * white(500, 64),) * 3, (1 + 1e-3 * white(500, 64, 1),) * 3), NOT_YET),
+    "a plateau, in one direction and few others, but hardly smaller than before": (
+        (near(1 + .06 * white(500, 3) @ white(3, 64, 1)), near(.1 * white(500, 64))), NOT_YET),
+    "in one direction and few others, and shrunk": (
+        (near(1 + .06 * white(500, 3) @ white(3, 64, 1)), near(white(500, 64))), THIN),
     "one step": ((near(1.02 * white(500, 64)), near(white(500, 64))), NOTHING)}
 
 

@@ -218,10 +218,31 @@ def test_views_of_different_shapes_are_refused_and_named(terms):
         terms(torch.ones(6, 8), torch.ones(5, 8))
 
 
+@pytest.mark.parametrize("terms", [lambda z1, z2: {"": ba_ssl.nt_xent(z1, z2)}, lambda z1, z2: ba_ssl.falcon_terms(z1, z2, 0),
+                                   lambda z1, z2: ba_ssl.icone_terms(z1, z2, torch.eye(9, 8), torch.arange(6))])
+def test_an_embedding_of_zeros_has_no_gradient_and_leaves_the_others_theirs(terms):
+    """Of a blank image; divided by 1e-12 instead, one such gradient ends a run."""
+    z = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    z[0, 2] = 0
+    z[1, 4] = 0
+    z.requires_grad_()
+    sum(terms(*z).values()).backward()
+    assert z.grad[0, 2].eq(0).all() and z.grad[1, 4].eq(0).all()
+    assert 0 < z.grad.abs().max() < 100
+
+
 def test_an_index_of_the_wrong_length_is_refused_and_named():
     z = torch.ones(6, 8)
     with pytest.raises(ValueError, match=r"each of 6 images, got \[4\]"):
         ba_ssl.icone_terms(z, z, torch.ones(9, 8), torch.arange(4))
+
+
+def test_two_images_of_single_pixel_patches_are_refused():
+    """Their patches are one number each, of opposite sign: less its own image, nothing of the mixture is left."""
+    with pytest.raises(ValueError, match="batch 2, layers 1, patch 1"):
+        ba_ssl.BatchFusion(2, patch=1, layers=1)
+    x = torch.rand(2, 1, 4, 4)
+    assert not torch.allclose(ba_ssl.BatchFusion(2, patch=2)(x), x, atol=1e-3)
 
 
 class Gain(torch.nn.Module):

@@ -7,7 +7,7 @@ import kernels
 from judge import error, nan_padded
 from kernels.benchmark import peak_memory
 from kernels.bank import (bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk,
-                          triton)
+                          triton, unit_rows)
 
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 130, 16), (33, 65, 20), (70, 64, 33), (17, 600, 5), (40, 90, 150)]     # B, N, d
 IMPLS = ["torch"] + ["triton"] * (triton is not None)
@@ -458,3 +458,78 @@ def test_topk_of_products_of_minus_infinity_names_rows_that_are_there(n, device)
         assert (rows < n).all() and all(len({*line.tolist()}) == k for line in rows)
         expected = (q.double() @ bank.double().T).topk(k).values
         torch.testing.assert_close(values.double(), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_excluded_row_may_be_nan(impl, unit, device):
+    """A padded bank's rows that are not set: nothing of them comes into a value, or into other rows' gradients."""
+    q, bank = unit(4, 5), unit(9, 5, 1)
+    bank[3] = torch.nan
+    exclude = torch.full((4,), 3, device=device)
+    others = torch.arange(9, device=device) != 3
+    s = q.double() @ bank.double().T[:, others]
+    trained = bank.clone().requires_grad_()
+    lse, repulsion = bank_logsumexp(q, trained, .2, exclude, impl=impl), bank_repulsion(q, trained, exclude, impl=impl)
+    assert error(lse.detach(), torch.logsumexp(s / .2, 1)) < 1e-6
+    assert repulsion.item() == pytest.approx(s.clamp(min=0).square().mean().item(), rel=1e-5)
+    own = bank.double()[others].requires_grad_()
+    s = q.double() @ own.T
+    (torch.logsumexp(s / .2, 1).sum() + s.clamp(min=0).square().mean()).backward()
+    (lse.sum() + repulsion).backward()
+    assert error(trained.grad[others], own.grad) < 1e-6
+    lse, _, repulsion = bank_reference(q, bank, .2, exclude=exclude)
+    assert lse.isfinite().all() and repulsion.isfinite()
+
+
+# ---- What a difference of large numbers loses ------------------------------------------------------------------
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("temperature", [1e-2, 1e-3, 1e-4])
+def test_learned_pairs_cost_nothing_at_any_temperature(temperature, impl, kept, unit, monkeypatch):
+    """Each query is its target's row: F.cross_entropy in fp32 gives 0, and no gradient where t is small."""
+    monkeypatch.setattr(kernels.bank, "KEEP", kernels.bank.KEEP * kept)
+    bank = unit(40, 16).requires_grad_()
+    target = torch.arange(7, device=bank.device) * 5
+    q = bank.detach()[target].requires_grad_()
+    loss = bank_cross_entropy(q, bank, target, temperature, impl=impl)
+    loss.backward()
+    wide = [x.detach().double().requires_grad_() for x in (q, bank)]
+    true = F.cross_entropy(wide[0] @ wide[1].T / temperature, target)
+    true.backward()
+    assert abs(loss.item() - true.item()) < 1e-7
+    for x, other in zip((q, bank), wide):
+        assert (x.grad - other.grad).abs().max() < 1e-6 / temperature * max(true.item(), 1e-4)
+
+
+def test_torch_func_is_refused_in_a_line_and_the_reference_takes_it(unit):
+    q, bank = unit(5, 4), unit(9, 4, 1)
+    target = torch.arange(5, device=q.device)
+    for function in (lambda q: bank_cross_entropy(q, bank, target, .2), lambda q: bank_logsumexp(q, bank, .2).sum(),
+                     lambda q: bank_repulsion(q, bank)):
+        for transform in (torch.func.grad, torch.func.vmap):
+            with pytest.raises(RuntimeError, match="torch.func.*use bank_reference"):
+                transform(function)(q if transform is torch.func.grad else q[None])
+    with pytest.raises(RuntimeError, match="torch.func.*topk"):
+        torch.func.vmap(lambda q: bank_topk(q, bank, 2)[0])(q[None])
+    each = torch.func.vmap(torch.func.grad(lambda q: bank_reference(q, bank, .2, target)[1]))(q[None])
+    expected, = torch.autograd.grad(bank_cross_entropy(own := q.clone().requires_grad_(), bank, target, .2), own)
+    torch.testing.assert_close(each[0], expected)
+
+
+# ---- Rows at length 1 ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_unit_rows_are_normalised_and_a_row_of_zeros_stays_and_has_no_gradient(dtype):
+    x = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0] = 6e4 * x[0].sign() if dtype == torch.float16 else 1e15         # its length leaves fp16
+    x[2] = 0
+    x.requires_grad_()
+    unit = unit_rows(x)
+    assert unit.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (unit * torch.arange(300)).sum().backward()
+    wide = x.detach().double().requires_grad_()
+    true = F.normalize(wide)
+    (true * torch.arange(300)).sum().backward()
+    assert (unit - true).abs().max() < 1e-6
+    others = torch.arange(6) != 2
+    assert unit[2].eq(0).all() and x.grad[2].eq(0).all()
+    assert error(x.grad[others], wide.grad[others]) < (1e-2 if dtype.itemsize == 2 else 1e-6)

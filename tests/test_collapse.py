@@ -187,8 +187,8 @@ RUNS = {
     "VICReg, one step": ("vicreg.py", "--batch 512 --epochs 1 --lr 3e-4", [NOTHING, NOT_YET]),
     "a fifth of the images blank": ("vicreg.py", "--data blank.npz --batch 32 --epochs 8", [PARTIAL]),
     "a rare class of one picture": ("vicreg.py", "--data rare.npz --batch 32 --epochs 8", [PARTIAL])}
-SLOW = ["no diversity term", "no covariance term, 512 wide", "FALCON, tanh", "FALCON, no prior", "BA-SSL, one epoch",
-        "a fifth of the images blank", "a rare class of one picture"]
+SLOW = ["IConE", "BA-SSL", "no diversity term", "no covariance term, 512 wide", "FALCON, tanh", "FALCON, no prior",
+        "BA-SSL, one epoch", "a fifth of the images blank", "a rare class of one picture"]
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,8 @@ def test_falcon_without_its_prior_ends_collapsed(tmp_path):
     assert json.loads((tmp_path / "run" / "report.json").read_text())["verdict"].startswith(ONE_POINT)
 
 
-@pytest.mark.parametrize("run", ["VICReg", "IConE", "FALCON", "BA-SSL"])
+@pytest.mark.parametrize("run", [
+    pytest.param(run, marks=[pytest.mark.slow] * (run in SLOW)) for run in ("VICReg", "IConE", "FALCON", "BA-SSL")])
 def test_an_untrained_network_is_not_called_collapsed(reports, run):
     untrained = reports[run]["panels"]["untrained z"]
     assert verdict(untrained, untrained).startswith((NOT_YET, NOTHING))

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 
 from judge import error, nan_padded
-from kernels import variance_covariance
+from kernels import variance_covariance, variance_covariance_reference
 from kernels.benchmark import facebookresearch_form, peak_memory
 from kernels.launch import triton
 
@@ -286,3 +286,36 @@ def test_two_passes_keep_the_variance_of_features_far_from_zero(impl, device):
 def test_a_tensor_that_would_get_no_gradient_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be a number"):
         variance_covariance(torch.zeros(4, 4), **{name: torch.tensor(1., requires_grad=True)})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("side", ["gram", "covariance"])
+@pytest.mark.parametrize("std", [1e-9, 1e9, 1e10, 1e15])
+def test_at_extreme_scales_it_is_finite_where_the_reference_is(std, side, impl, device, nan_poisoned):
+    """Each value and gradient: as the fp32 reference where that overflows, else as float64 says."""
+    z = std * torch.randn(12, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    for upstream in ((1., 0.), (0., 1.)):
+        truth = run(variance_covariance_reference, z.double(), upstream)
+        plain = run(variance_covariance_reference, z, upstream)
+        got = run(variance_covariance, z, upstream, side=side, impl=impl)
+        for own, form, true in zip(got, plain, truth):
+            if form.isfinite().all():
+                off = (own.double() - true).norm()
+                assert off <= 1e-5 * true.norm() + torch.finfo(torch.float32).tiny * own.numel(), (upstream, own, true)
+            else:
+                assert own.isinf() if own.ndim == 0 else not own.isfinite().all()
+
+
+def test_torch_func_is_refused_in_a_line_and_the_reference_takes_it():
+    z = torch.randn(3, 12, 5, generator=torch.Generator().manual_seed(0))
+
+    def loss(z, impl):
+        return sum(variance_covariance(z, impl=impl))
+
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(RuntimeError, match="torch.func.*use impl='reference'"):
+            transform(lambda z: loss(z, "torch"))(z if transform is torch.func.vmap else z[0])
+    each = torch.func.vmap(torch.func.grad(lambda z: loss(z, "reference")))(z)
+    for one, got in zip(z, each):
+        expected, = torch.autograd.grad(loss(own := one.clone().requires_grad_(), "torch"), own)
+        torch.testing.assert_close(got, expected)

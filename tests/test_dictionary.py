@@ -246,3 +246,33 @@ def test_seed_and_codes_may_be_integers_of_numpy(kind):
     for got, value in zip(dictionary_loss(h1, h2, number(40), number(5), .2), expected):
         assert torch.equal(got, value)
     assert torch.equal(dictionary_signs(40, 16, number(5)), dictionary_signs(40, 16, 5))
+
+
+# ---- What a difference of large numbers loses ------------------------------------------------------------------
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("temperature", [1e-3, 1e-4])
+def test_gradients_at_low_temperatures_are_autograds(temperature, impl, prior, keep, device, monkeypatch):
+    """15 images: their number is no power of 2, whose logarithm any logit holds. Logits of 1e4 and more."""
+    monkeypatch.setattr(dictionary, "KEEP", dictionary.KEEP * keep)
+    h = torch.randn(2, 15, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    h = torch.nn.functional.normalize(torch.stack([h[0], h[0] + .05 * h[1]]), dim=2)
+    W = dictionary_signs(256, 32, 0, device=device)
+    for upstream in ((1., 0.), (0., 1.)):
+        truth = run(lambda a, b: dictionary_reference(a, b, W.double(), temperature, prior), h.double(), upstream)
+        plain = run(lambda a, b: dictionary_reference(a, b, W, temperature, prior), h, upstream)
+        got = run(streamed(256, 0, temperature, prior, impl), h, upstream)
+        for ours, form, true in zip(got, plain, truth):
+            assert error(ours, true) <= 2 * error(form, true) + 1e-6
+
+
+def test_torch_func_is_refused_in_a_line_and_the_reference_takes_it(views):
+    h = [x.float() for x in views(6, 9)]
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(RuntimeError, match="torch.func.*use dictionary_reference"):
+            transform(lambda a: dictionary_loss(a, a, 20, 0, 2.)[0])(h[0] if transform is torch.func.grad else h[0][None])
+    W = dictionary_signs(20, 9, 0, device=h[0].device)
+    each = torch.func.vmap(torch.func.grad(lambda a: sum(dictionary_reference(a, h[1], W, 2.))))(h[0][None])
+    expected, = torch.autograd.grad(sum(dictionary_loss(own := h[0].clone().requires_grad_(), h[1], 20, 0, 2.)), own)
+    torch.testing.assert_close(each[0], expected)

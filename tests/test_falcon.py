@@ -153,6 +153,16 @@ def test_terms_are_the_formulas(kind, norm):
     assert terms["cross_entropy"].item() == pytest.approx(cross.item(), rel=1e-5)
 
 
+def test_an_embedding_of_zeros_has_no_gradient():
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    x[3] = 0
+    x.requires_grad_()
+    z = falcon.Sphere(2.)(x)
+    (z * torch.arange(8)).sum().backward()
+    assert z[3].eq(0).all() and x.grad[3].eq(0).all() and x.grad.isfinite().all()
+    torch.testing.assert_close(z[[0, 1, 2, 4]].norm(dim=1), torch.full((4,), 2.))
+
+
 def test_without_a_prior_it_is_only_logged():
     terms, notes = model(prior="none").train()(images(), images(seed=1))
     assert set(terms) == {"cross_entropy"} and set(notes) == {"prior"}

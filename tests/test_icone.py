@@ -281,6 +281,18 @@ def test_a_step_costs_hardly_more_at_a_million_rows(capsys):
 
 
 # ---- Losses outside of training -----------------------------------------------------------------------------
+def test_an_embedding_of_zeros_has_no_gradient():
+    model = icone.IConE(torch.nn.Identity(), 8, 9, centre=0)
+    model.table = torch.nn.functional.normalize(torch.randn(9, 8, generator=torch.Generator().manual_seed(0)))
+    views = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    views[0, 1] = 0
+    views.requires_grad_()
+    terms, _ = model(*views, torch.arange(4))
+    sum(terms.values()).backward()
+    assert views.grad[0, 1].eq(0).all()
+    assert 0 < views.grad.abs().max() < 100
+
+
 @pytest.mark.parametrize("how", ["eval", "no_grad", "inference"])
 def test_a_validation_loss_leaves_nothing_behind(how):
     data = images()

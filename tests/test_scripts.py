@@ -16,7 +16,7 @@ from scripts import ALL, ROOT, SMALL, as_a_copy, command, process, saved, small_
 
 
 # ---- Whole runs --------------------------------------------------------------------------------------------
-@command("--epochs 1 --width 4", scripts=ALL)
+@command("--epochs 1 --width 4", scripts=ALL, slow=["icone.py", "ba_ssl.py"])
 def test_a_run_ends_with_tables_verdict_and_files(run):
     files = {"config.json", "curves.png", "embedding.png", "encoder.pt", "features.npz", "last.pt", "metrics.jsonl",
              "neighbours.png", "report.json", "untrained.json", "views.png", "browse.html"}
