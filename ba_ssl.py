@@ -73,9 +73,9 @@ class BatchFusion(nn.Module):
         super().__init__()
         if mixing not in ("conv", "random", "grouped", "mixup"):
             raise ValueError(f"mixing {mixing!r} is none of conv, random, grouped, mixup")
-        if batch < 2 or layers < 1 or batch * patch == 2:            # of two images' single pixels nothing is left
-            raise ValueError(f"batch {batch}, layers {layers}, patch {patch}: it takes two images and a layer to "
-                             "mix, and of no more than two patches above one pixel")
+        if batch < 2 or layers < 1 or batch * patch == 2:            # of two single pixels nothing is left
+            raise ValueError(f"batch {batch}, layers {layers}, patch {patch}: two images and a layer at least; "
+                             "of two images, patches above one pixel")
         self.batch = batch
         self.patch = patch
         self.share = share
