@@ -74,7 +74,7 @@ class BatchFusion(nn.Module):
         if mixing not in ("conv", "random", "grouped", "mixup"):
             raise ValueError(f"mixing {mixing!r} is none of conv, random, grouped, mixup")
         if batch < 2 or layers < 1 or batch * patch == 2:            # of two single pixels nothing is left
-            raise ValueError(f"batch {batch}, layers {layers}, patch {patch}: two images and a layer at least; "
+            raise ValueError(f"batch {batch}, layers {layers}, patch {patch}: two images and a layer; "
                              "of two images, patches above one pixel")
         self.batch = batch
         self.patch = patch

@@ -597,7 +597,8 @@ def bank_repulsion(q, bank, exclude=None, impl="auto"):
 
 
 # ---- Top-k -------------------------------------------------------------------------------------------------
-TOPK_CHUNK = 2 ** 21                                   # numbers at a time, 8 MB of fp32: few merges
+TOPK_CHUNK = 2 ** 22                                   # numbers at a time, 16 MB of fp32: few merges
+TOPK_QUERIES = 256                                     # at a time on a CPU: more would leave few rows a chunk
 GROUP = 8                                              # bank rows whose largest product is looked at first
 
 
@@ -613,29 +614,36 @@ def bank_topk(q, bank, k):
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} must lie between 1 and the bank's {len(bank)} rows")
     work = torch.promote_types(torch.promote_types(q.dtype, bank.dtype), torch.float32)
+    at_once = len(q) if q.is_cuda else TOPK_QUERIES
+    with torch.autocast(q.device.type, enabled=False):
+        found = [_topk(queries.to(work), bank, k) for queries in q.split(at_once)]
+    values, rows = zip(*found)
+    return torch.cat(values), torch.cat(rows)
+
+
+def _topk(q, bank, k):
+    """bank_topk of some queries, in their dtype."""
     size = min(max(_chunk_rows(q), TOPK_CHUNK // len(q)), len(bank))
     members = torch.arange(GROUP, device=q.device)
-    least = torch.finfo(work).min
+    least = torch.finfo(q.dtype).min
     best = rows = None
-    with torch.autocast(q.device.type, enabled=False):
-        q = q.to(work)
-        qt = q.T.contiguous()
-        buffer = q.new_empty(size + GROUP, len(q))
-        for first, part in _chunks(q, bank, size):
-            groups = -(-len(part) // GROUP)
-            s = buffer[:GROUP * groups]                # [C, B], tiles as in _forward_torch
-            torch.mm(part, qt, out=s[:len(part)])
-            if len(part) < len(s):                     # a product of -inf comes before what is no row
-                s[:len(part)].clamp_(min=least)
-            s[len(part):] = -torch.inf
-            highest = s.view(groups, GROUP, len(q)).amax(dim=1)
-            _, group = highest.T.topk(min(k, groups), dim=1)
-            columns = (GROUP * group[:, :, None] + members).flatten(1)         # [B, at most GROUP k]
-            values = s.T.gather(1, columns)
-            columns += first
-            if best is not None:
-                values = torch.cat([best, values], dim=1)
-                columns = torch.cat([rows, columns], dim=1)
-            best, order = values.topk(min(k, values.shape[1]), dim=1)
-            rows = columns.gather(1, order)
+    qt = q.T.contiguous()
+    buffer = q.new_empty(size + GROUP, len(q))
+    for first, part in _chunks(q, bank, size):
+        groups = -(-len(part) // GROUP)
+        s = buffer[:GROUP * groups]                    # [C, B], tiles as in _forward_torch
+        torch.mm(part, qt, out=s[:len(part)])
+        if len(part) < len(s):                         # a product of -inf comes before what is no row
+            s[:len(part)].clamp_(min=least)
+        s[len(part):] = -torch.inf
+        highest = s.view(groups, GROUP, len(q)).amax(dim=1)
+        _, group = highest.T.topk(min(k, groups), dim=1)
+        columns = (GROUP * group[:, :, None] + members).flatten(1)             # [B, at most GROUP k]
+        values = s.T.gather(1, columns)
+        columns += first
+        if best is not None:
+            values = torch.cat([best, values], dim=1)
+            columns = torch.cat([rows, columns], dim=1)
+        best, order = values.topk(min(k, values.shape[1]), dim=1)
+        rows = columns.gather(1, order)
     return best.masked_fill_(best == least, -torch.inf), rows

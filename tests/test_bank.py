@@ -146,10 +146,10 @@ def test_two_runs_agree_to_the_bit(impl, unit, indices):
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-@pytest.mark.parametrize("b, n, k", [(1, 1, 1), (3, 10, 10), (40, 20_000, 5), (3, 1200, 700)])
+@pytest.mark.parametrize("b, n, k", [(1, 1, 1), (3, 10, 10), (40, 20_000, 5), (600, 900, 5), (3, 1200, 700)])
 @pytest.mark.parametrize("chunk", [1, kernels.bank.TOPK_CHUNK])
 def test_topk_is_exact(b, n, k, chunk, unit, monkeypatch):
-    """Also where it is merged from many chunks, of fewer rows than are asked for."""
+    """Also where it is merged from many chunks, of fewer rows than are asked for, and for more queries than it takes at once."""
     monkeypatch.setattr(kernels.bank, "TOPK_CHUNK", chunk)
     monkeypatch.setattr(kernels.bank, "_chunk_rows", lambda q: 512)
     q, bank = unit(b, 8), unit(n, 8, 1)

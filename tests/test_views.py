@@ -80,6 +80,24 @@ def test_uniform_numbers_broadcast_over_their_sample():
     assert 2 <= numbers.min() and numbers.max() < 3
 
 
+@pytest.mark.parametrize("view", [views.posed_view, views.cropped_view])
+def test_views_of_large_images_are_made_piece_by_piece_each_image_in_its_place(view, monkeypatch):
+    """In 5 pieces: a bright image stays at its place, two views differ, and the generator repeats them."""
+    x = torch.zeros(14, 3, 16, 16)
+    x[9] = 1
+    monkeypatch.setattr(views, "PIECE", 3 * x[0].numel() * 4)
+    sizes = []
+    def seen(part, generator):
+        sizes.append(len(part))
+        return view(part, generator)
+    first, second = views.two_views(x, seeded(), seen)
+    assert sizes == [3, 3, 3, 3, 2] * 2
+    assert first.shape == second.shape == x.shape and not torch.equal(first, second)
+    assert first.flatten(1).mean(1).argmax() == second.flatten(1).mean(1).argmax() == 9
+    again, _ = views.two_views(x, seeded(), view)
+    assert torch.equal(first, again)
+
+
 # ---- Crops and colours -------------------------------------------------------------------------------------
 def test_views_of_photographs_lie_in_0_to_1_differ_and_can_be_repeated():
     x = torch.rand(40, 3, 32, 32, generator=seeded())
