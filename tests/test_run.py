@@ -163,6 +163,38 @@ def test_a_checkpoint_within_an_epoch_is_no_older_than_save_minutes(tmp_path, mo
     assert within == [2, 2, 2, 2]                                    # 800 s after each epoch's end, not 400
 
 
+class Slow(harness_run.Run):
+    """A run whose checkpoint takes much longer than its epochs; it notes after how many it is written."""
+    written = []
+
+    def write_checkpoint(self):
+        self.written.append(len(self.history))
+        super().write_checkpoint()
+        harness_run.time.sleep(.3)
+
+
+def test_a_checkpoint_is_written_where_it_pays_and_a_kill_before_it_costs_no_bits(tmp_path):
+    whole = train("icone", small_model("icone"), small_data(), tmp_path / "whole", epochs=12)
+    Slow.written.clear()
+    left = 2 * 6 * 9 + 3                                             # views of nine epochs and of a step
+
+    def view(x, generator):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt                                  # stands for a SIGKILL: nothing is saved
+        return posed_view(x, generator)
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train("icone", small_model("icone"), small_data(view), folder, kind=Slow, epochs=12)
+    assert Slow.written == [0] and len((folder / "metrics.jsonl").read_text().splitlines()) == 9
+    again = train("icone", small_model("icone"), small_data(), folder, load_checkpoint(folder / "last.pt"), Slow, epochs=12)
+    assert Slow.written == [0, 0, 12]                                # a new start, and the end
+    assert again.history == whole.history
+    assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in whole.model.state_dict().items())
+
+
 # ---- Whole runs --------------------------------------------------------------------------------------------
 # ---- Longer ------------------------------------------------------------------------------------------------
 @each_loop

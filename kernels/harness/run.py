@@ -30,7 +30,8 @@ class Run:
     device, generator   where it computes, and what draws the views there, in each process its own
     step_size, total    images in a step of the optimiser, those of all processes; steps of the whole run
     history             a dict of numbers for each epoch that ended, which metrics.jsonl holds too
-    last.pt is written at the start, after each epoch, every `save_minutes` and at a signal.
+    last.pt is written at the start, after each epoch (where a fiftieth of the time pays for it), every
+    `save_minutes`, at a signal and at the end; metrics.jsonl after each epoch.
     """
 
     def __init__(self, args, data, folder, state=None):
@@ -150,12 +151,14 @@ class Run:
         means = {name: value.item() / self.batches for name, value in self.sums.items()}
         self.history.append({"epoch": len(self.history) + 1, **means, **measured})
         self.begin_epoch()
-        self.save()
+        pays = time.monotonic() - self.saved > 50 * self.cost or len(self.history) == self.args.epochs
+        self.save(*all_reduce_max([pays], self.device))              # in all processes or in none
 
     # ---- Checkpoints ---------------------------------------------------------------------------------------
-    def save(self):
-        """Writes last.pt and metrics.jsonl; ends the program if loss or weights are no numbers any more.
+    def save(self, checkpoint=True):
+        """Writes metrics.jsonl and last.pt; ends the program if loss or weights are no numbers any more.
 
+        checkpoint: False leaves last.pt as it is, from which a resumed run writes metrics.jsonl anew.
         RuntimeError if the schedule has not made one step for each of the optimiser's.
         """
         if self.parts["schedule"].last_epoch != self.steps_done():
@@ -167,6 +170,16 @@ class Run:
             self.bar.close()
             die(f"loss or weights are not finite after epoch {len(self.history)}: start anew, with a lower "
                 "--lr")
+        if checkpoint:
+            begun = time.perf_counter()
+            self.write_checkpoint()
+            self.cost = time.perf_counter() - begun
+            self.saved = time.monotonic()
+        if rank() == 0:
+            lines = [f"{json.dumps(line)}\n" for line in self.history]
+            atomic_write_text(self.folder / "metrics.jsonl", "".join(lines))
+
+    def write_checkpoint(self):
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state.update(config=vars(self.args), cycles=self.cycles, history=self.history, order=self.order,
                      done=self.done, sums=self.sums, torch_rng=torch.get_rng_state(),
@@ -174,9 +187,6 @@ class Run:
         if rank() == 0:
             with atomic_write(self.folder / "last.pt") as file:
                 torch.save(state, file)
-            lines = [f"{json.dumps(line)}\n" for line in self.history]
-            atomic_write_text(self.folder / "metrics.jsonl", "".join(lines))
-        self.saved = time.monotonic()
 
     def restore(self):
         """Takes everything from the checkpoint; ends the program if it does not fit."""

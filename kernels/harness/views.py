@@ -19,7 +19,7 @@ def uniform(x, generator, low, high, size=1):
     return numbers.uniform_(low, high, generator=generator)
 
 
-PIECE = 2 ** 23                        # bytes of images at a time on a CPU: what is made of them stays in caches
+PIECE = 2 ** 23                        # bytes of images at a time on a CPU, which caches hold
 
 
 def two_views(x, generator, view):
@@ -173,7 +173,7 @@ def blur(x, sigma):
 
     def band(side):
         place = torch.arange(side + 2 * radius, device=x.device)
-        away = place[:, None] - place[:side] - radius                # of a padded pixel from one of the result
+        away = place[:, None] - place[:side] - radius                # from a padded pixel to one made
         exponent = -away.square() / (2 * sigma.view(n, 1, 1).square())
         nothing = (away.abs() > radius) | (exponent < -50)           # denormal numbers would be slow
         return exponent.masked_fill(nothing, -torch.inf).softmax(1)  # [N, side + 2 radius, side]
