@@ -100,6 +100,6 @@ def test_a_folder_that_is_removed_ends_the_run_in_one_line(finished, capsys, mon
     def view(x, generator):
         shutil.rmtree(finished / "new", ignore_errors=True)
         return posed_view(x, generator)
-    monkeypatch.setattr(cli, "posed_view", view)
+    monkeypatch.setattr(cli, "view_for", lambda *_: view)
     monkeypatch.setattr(probes, "plot_views", lambda *_: None)       # draws views before there is a checkpoint
     said(capsys, call(finished, *SMALL.split(), "--out", "new"), "No such file or directory")

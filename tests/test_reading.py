@@ -1200,13 +1200,17 @@ def test_a_border_leaves_no_black_in_volumes(padding, black):
     assert ((view.amax(1) - view.amin(1)).max() > 0.3) == black
 
 
-def test_volumes_from_files_get_that_border_and_gray_images_crops_if_one_says_so():
+def test_volumes_get_poses_with_that_border_and_flat_images_crops_mirrored_where_they_are_of_colour():
     np.save("x.npy", numbers(shape=(20, 8, 8, 8)))
     write("set", numbers())
-    assert read_data("x.npy").view.keywords == {"pose": 1, "noise": 1, "padding": "border"}
-    assert read_data("set", views="crops", size=16).view is cropped_view
-    assert read_data("set", size=16).view is posed_view
-    assert read_data("digits3d").view is posed_view
+    views = read_data("x.npy").view, read_data("set", size=16).view, read_data("digits3d").view, read_data("digits").view
+    assert [view.func for view in views] == [posed_view, cropped_view, posed_view, posed_view]
+    assert views[0].keywords == {"pose": 1, "noise": 1, "padding": "border"}
+    assert views[1].keywords == {"least": .08, "flips": False}
+    assert views[2].keywords["padding"] == "zeros"
+    write("set", numbers(shape=(20, 12, 12, 3)))
+    assert read_data("set", size=16).view.keywords == {"least": .08, "flips": True}
+    assert read_data("set", "crops", .4, "off", size=16).view.keywords == {"least": .4, "flips": False}
 
 
 @pytest.mark.parametrize("sides", [(96, 160), (8, 64), (64, 8), (16, 16)])
@@ -1242,7 +1246,7 @@ def test_options_of_reading_and_views_are_kept_and_resumed(capsys):
         names = [f"class {k % 4}/{place}{k}" for k in range(count)]
         write(f"set/{part}", numbers("u2", 0, 5000, (count, 16, 24), count), tiff, names=names)
     words = ("--data set --size 16 --batch 8 --epochs 6 --width 4 --projector 16-16 --fit pad --range 0 4095 "
-             "--labels top --pose 0.5 --noise 0 --out run")
+             "--labels top --views poses --pose 0.5 --noise 0 --out run")
     process = subprocess.Popen([sys.executable, ROOT / "vicreg.py", *words.split()], stderr=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (Path("run/metrics.jsonl").exists() and Path("run/metrics.jsonl").read_text()):
@@ -1270,7 +1274,8 @@ def test_options_of_reading_and_views_are_kept_and_resumed(capsys):
     ("--range 9 -3", "the first number must be less"), ("--range nan 1", "must be less"),
     ("--range 0 inf", "must be less"), ("--pose -1", "--pose"), ("--noise nan", "--noise"),
     ("--fit round", "--fit"), ("--pages all", "--pages"), ("--labels=", "--labels"),
-    ("--views crops --pose 2", "--pose and --noise are of poses")])
+    ("--views crops --pose 2", "--pose and --noise are of poses"), ("--crop 0", "--crop"), ("--crop 1.1", "--crop"),
+    ("--views poses --flips on", "--crop and --flips are of crops"), ("--flips maybe", "--flips")])
 def test_options_that_make_no_sense(words, said, capsys):
     write("set", numbers(shape=(20, 16, 16, 3)))
     assert call("--data", "set", "--size", "16", "--batch", "4", *words.split()) == 2

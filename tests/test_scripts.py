@@ -209,7 +209,7 @@ def test_ba_ssls_mixup_has_nothing_to_learn(run):
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 
 
-@command(f"{SMALL} --accumulate 1; {SMALL} --accumulate 2", scripts=ALL)
+@command(f"{SMALL} --views poses --accumulate 1; {SMALL} --views poses --accumulate 2", scripts=ALL)
 def test_each_number_of_a_small_run_is_what_it_was(run):
     """Within a hundredth: other machines round otherwise, another order of images, views or weights differs by more.
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +24,10 @@ from .files import atomic_write_text, load_checkpoint, lock_folder
 from .images import digest
 from .processes import broadcast, die, join_process_group, main_process_first, rank, world_size
 from .reading import read_images
-from .views import cropped_view, posed_view
+from .views import view_for
 
 NOT_TYPED = "encoder", "digest", "numbers", "method", "version"      # what config.json holds beside options
+READING = "views crop flips pose noise size fit channels_last pages labels strict".split()   # of read_data
 # What a run has that never began to train.
 CUT_SHORT = {"config.json", "skipped.txt", "untrained.json", "views.png"}
 
@@ -102,7 +102,10 @@ def options(method, description, batch, epochs, lr, least_batch=1):
         "class and perhaps group, of which none is split")
     add("--strict", action="store_true", help="end at a file that cannot be read; else one in ten is skipped")
     add("--views", default="auto", choices=["auto", "crops", "poses"],
-        help="what training shows: crops and colours, as of photographs, or poses; auto: crops for RGB")
+        help="what training shows: crops, light and colours, or poses; auto: crops of flat images from files")
+    add("--crop", type=bounded(float, 0.01, 1), help="least share of its area in a crop; not given: .08")
+    add("--flips", default="auto", choices=["auto", "on", "off"],
+        help="whether half of the crops are mirrored; auto: those of RGB")
     add("--pose", type=bounded(float, 0, 10), default=1., help="strength of turns, sizes and shifts of poses")
     add("--noise", type=bounded(float, 0, 100), default=1., help="strength of the noise of poses")
 
@@ -203,37 +206,27 @@ def join_device(args):
         die(f"--batch {args.batch} is that of all {world_size()} processes: give a multiple")
 
 
-def read_data(name, views="auto", pose=1., noise=1., **reading):
+def read_data(name, views="auto", crop=None, flips="auto", pose=1., noise=1., **reading):
     """The digits, or what read_images finds in a file or folder; with the views that suit it."""
     padding = "zeros"
-    if name in ("digits", "digits3d"):
-        data = posed_digits(axes=2 if name == "digits" else 3)
-    else:
-        try:
+    try:
+        if name in ("digits", "digits3d"):
+            data = posed_digits(axes=2 if name == "digits" else 3)
+            views = "poses" if views == "auto" else views
+        else:
             data = read_images(name, **reading)
-        except (OSError, ValueError) as error:
-            die(str(error))
-        if len(data.images.shape) == 5:
-            padding = "border"                                       # black would cut tissue off
-    photographs = data.images.shape[1] == 3 and len(data.images.shape) == 4
-    if views == "crops" and len(data.images.shape) == 5:
-        die(f"--views crops: {name} holds volumes, which have poses alone")
-    if views == "crops" or (views == "auto" and photographs):
-        if (pose, noise) != (1, 1):
-            die("--pose and --noise are of poses: give --views poses, or leave them out")
-        return data._replace(view=cropped_view)
-    if (pose, noise, padding) == (1, 1, "zeros"):
-        return data._replace(view=posed_view)
-    return data._replace(view=partial(posed_view, pose=pose, noise=noise, padding=padding))
+            if len(data.images.shape) == 5:
+                padding = "border"                                   # black would cut tissue off
+        return data._replace(view=view_for(data.images, views, crop, flips, pose, noise, padding))
+    except (OSError, ValueError) as error:
+        die(str(error))
 
 
 def load_data(args):
     """The data of --data, once the device is ready; ends the program if this run cannot take them."""
     join_device(args)
     with main_process_first():                                       # it decodes, the others find the array
-        data = read_data(args.data, args.views, args.pose, args.noise, size=args.size, fit=args.fit,
-                         channels_last=args.channels_last, pages=args.pages, value_range=args.range,
-                         labels=args.labels, strict=args.strict)
+        data = read_data(args.data, value_range=args.range, **{name: getattr(args, name) for name in READING})
     there = f"{args.data} has {len(data.images)} training and {len(data.test_images)} test images"
     if len(data.test_images) < 4:
         die(f"{there}: 4 test images at least are needed, and 16 to hold out a fifth")

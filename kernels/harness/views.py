@@ -98,13 +98,13 @@ def posed_view(x, generator, pose=1., noise=1., padding="zeros"):
 LUMA = 0.299, 0.587, 0.114             # how much of brightness the eye takes from red, green, blue
 
 
-def random_crop(x, generator):
-    """A box of 8 to 100 % of the area of each of x [N, C, H, W], sides at most 4 : 3, brought to H x W.
+def random_crop(x, generator, least=0.08, flips=True):
+    """A box of `least` to all of the area of each of x [N, C, H, W], sides at most 4 : 3, brought to H x W.
 
-    Half of the boxes are read from right to left, which is a flip.
+    flips: half of the boxes are read from right to left.
     """
     draw = partial(uniform, x, generator)
-    area = draw(0.08, 1)
+    area = draw(least, 1)
     stretch = math.log(4 / 3)
     ratio = draw(-stretch, stretch).exp()                            # of width to height
     box = torch.cat([area * ratio, area / ratio], 1)
@@ -114,9 +114,10 @@ def random_crop(x, generator):
     half_a_pixel = 1 / sides.view(2, 1, 1)
     room = (1 - box) * (1 - half_a_pixel)                            # what lies outside would be black
     centre = room * draw(-1, 1, 2)
-    side = draw(-1, 1).sign()
-    upright = torch.ones_like(side)
-    box = box * torch.cat([side, upright], 1)
+    if flips:
+        side = draw(-1, 1).sign()
+        upright = torch.ones_like(side)
+        box = box * torch.cat([side, upright], 1)
     no_turn = torch.zeros_like(area)
     return warp(x, no_turn, 1 / box, -centre / box, x.shape[2:])
 
@@ -184,14 +185,14 @@ def blur(x, sigma):
     return x.view(n, height, channels, width).transpose(1, 2)
 
 
-def cropped_view(x, generator):
+def cropped_view(x, generator, least=0.08, flips=True):
     """One view of each of x [N, C, H, W], photographs: crop, flip, colours, gray, blur, solarisation.
 
     Colours where C is 3; of others brightness and contrast.
     Ranges and rates of BYOL, arXiv 2006.07733, table 6, which VICReg took over. Our reading: blur and
     solarisation at the mean of its two views' rates; colour jitter in a fixed order; hue about the gray axis.
     """
-    x = random_crop(x, generator)
+    x = random_crop(x, generator, least, flips)
     jitter = random_colours if x.shape[1] == 3 else random_light
     x = jitter(x, generator)
 
@@ -204,3 +205,25 @@ def cropped_view(x, generator):
     sometimes(0.55, lambda x: blur(x, uniform(x, generator, 0.1, 2)))
     sometimes(0.1, lambda x: torch.minimum(x, 1 - x))                # invert what is brighter than half
     return x
+
+
+# ---- Which of them -----------------------------------------------------------------------------------------
+def view_for(images, views="auto", crop=None, flips="auto", pose=1., noise=1., padding="zeros"):
+    """A view for images [N, C, *S]: crops for flat ones, poses for volumes, which have no other; or as asked.
+
+    crop: least share of a crop's area, .08 if not given. flips: "auto" is "on" for colour, "off" for others,
+    which may be text. padding: of poses. ValueError for what does not go together.
+    """
+    flat, colour = len(images.shape) == 4, images.shape[1] == 3
+    if views == "auto":
+        views = "crops" if flat else "poses"
+    if views == "crops" and not flat:
+        raise ValueError("--views crops: volumes have poses alone")
+    if views == "crops" and (pose, noise) != (1, 1):
+        raise ValueError("--pose and --noise are of poses: give --views poses, or leave them out")
+    if views == "poses" and (crop, flips) != (None, "auto"):
+        raise ValueError("--crop and --flips are of crops: give --views crops, or leave them out")
+    if views == "crops":
+        flips = flips == "on" or (flips == "auto" and colour)
+        return partial(cropped_view, least=crop or 0.08, flips=flips)
+    return partial(posed_view, pose=pose, noise=noise, padding=padding)

@@ -1,0 +1,185 @@
+"""Fashion-MNIST, 60,000 + 10,000 images of clothes, 28 x 28 gray: views chosen for it, and every method on it.
+
+    python tests/experiments/fashion.py views --data FOLDER          # which views, on a part held out from training
+    python tests/experiments/fashion.py methods --data FOLDER        # all 60,000, beside a supervised encoder
+    python tests/experiments/fashion.py peers --data FOLDER          # lightly's losses in the same loop; needs lightly
+    python tests/experiments/fashion.py subset --data FOLDER         # an .npz of 6,000 + 4,000 for the other experiments
+
+FOLDER holds the four IDX files as they are published (github.com/zalandoresearch/fashion-mnist; on Debian package
+dataset-fashion-mnist, folder usr/share/datasets/fashion-mnist; 30 MB, MIT licence). Runs the scripts as a user does, on the
+CPU, one thread a run, `jobs` at a time, into runs/fashion; goes on where it stopped.
+"""
+import argparse
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import METHODS, channels_last, make, of, options_of_all, run, spread
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from kernels import few_label_accuracy, knn_accuracy
+from kernels.harness.encoder import Encoder
+from kernels.harness.images import encode, pixels
+from kernels.harness.reading import read_images
+from kernels.harness.views import view_for
+
+METHODS = {"VICReg": METHODS["VICReg"], "SimCLR": METHODS["SimCLR"], "SimCLR + fusion": ("ba_ssl.py", []),
+           "IConE": METHODS["IConE"], "FALCON": ("falcon.py", [])}
+VIEWS = {  # row of the table: options
+    "poses": ["--views", "poses"],
+    "poses, half as strong": ["--views", "poses", "--pose", ".5", "--noise", ".5"],
+    **{f"crops from {least} %, {'' if flips == 'on' else 'no '}flips":
+       ["--views", "crops", "--crop", f"{least / 100}", "--flips", flips] for least in (8, 20, 40) for flips in ("on", "off")}}
+COLUMNS = ["k-NN", "linear", "1 a class", "5 a class", "10 a class"]
+
+
+
+
+def cells(seeds):
+    """One {column: accuracy} a seed -> the cells of a row."""
+    return " | ".join(spread([seed[column] for seed in seeds]) for column in COLUMNS)
+
+
+def subset(data, file, train, test, held_out=False):
+    """An .npz of so many training images, at random, and as many for testing: the data's first test images, or, held
+    out for choices, other training images. -> its path"""
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    images, labels = (data.images, data.labels) if held_out else (data.test_images, data.test_labels)
+    known, asked = order[:train], order[train:train + test] if held_out else torch.arange(test)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(file, train_images=channels_last(data.images[known]), train_labels=np.asarray(data.labels[known]),
+             test_images=channels_last(images[asked]), test_labels=np.asarray(labels[asked]))
+    return str(file.resolve())
+
+
+# ---- Which views -------------------------------------------------------------------------------------------
+def views(args, data):
+    file = subset(data, args.out / "choice.npz", 12_000, 4_000, held_out=True)
+    common = ["--data", file, "--batch", "64", "--width", "8", "--epochs", "10"]
+    jobs = {}
+    for seed in range(args.seeds):
+        for name, options in VIEWS.items():
+            for method in ("SimCLR", "VICReg", "FALCON"):
+                script, own = METHODS[method]
+                folder = (args.out / f"views {method}, {name} {seed}").resolve()
+                jobs[name, method, seed] = folder, script, [*own, *options, *common, "--seed", str(seed)]
+    probes = make(jobs, lambda job: run(*job)["probes"], args)
+    print(f"| views | method | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 2)}|")
+    for row in ("raw pixels", "random encoder"):
+        if own := [probe[row] for probe in of(probes, "poses", "VICReg")]:
+            print(f"| {row} | | {cells(own)} |")
+    for name, method in dict.fromkeys(key[:2] for key in jobs):
+        if own := [probe["trained encoder"] for probe in of(probes, name, method)]:
+            print(f"| {name} | {method} | {cells(own)} |")
+
+
+# ---- Every method ------------------------------------------------------------------------------------------
+def whole(train, labels, test, test_labels):
+    """Probes that know all training images, of features [N, E] and [M, E]."""
+    known = train, labels, test, test_labels
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(train, labels)
+    few = {f"{count} a class": few_label_accuracy(*known, count) for count in (1, 5, 10)}
+    return {"k-NN": knn_accuracy(*known), "linear": linear.score(test, test_labels), **few}
+
+
+def of_run(job):
+    folder, *_ = job
+    report = run(*job)
+    with np.load(folder / "features.npz") as found:
+        own = [torch.from_numpy(found[f"{split}_{part}"]) for split in ("train", "test") for part in ("features", "labels")]
+    panel = report["panels"]["projector z"]
+    return whole(*own) | {"panel": panel, "verdict": report["verdict"]}
+
+
+def supervised(data, epochs, seed):
+    """The same encoder trained by cross-entropy on one view of each image, as long as a method, from random weights."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    encoder = Encoder(1, 2)
+    head = torch.nn.Linear(encoder.features, 10)
+    weights = [*encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(weights, 3e-3, weight_decay=0.05)
+    steps = epochs * (len(data.images) // 128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    view, generator = view_for(data.images), torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        for index in torch.randperm(len(data.images), generator=generator).split(128)[:len(data.images) // 128]:
+            x = view(pixels(data.images, index, "cpu"), generator)
+            loss = torch.nn.functional.cross_entropy(head(encoder(x)), data.labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return features(encoder, data)
+
+
+@torch.no_grad()
+def features(encoder, data):
+    encoder.eval()
+    return whole(encode(encoder, data.images), data.labels, encode(encoder, data.test_images), data.test_labels)
+
+
+def methods(args, data):
+    jobs = {}
+    for seed in range(args.seeds):
+        for name, (script, own) in METHODS.items():
+            folder = (args.out / f"{name} {args.epochs} {seed}").resolve()
+            jobs[name, seed] = folder, script, [*own, "--data", str(args.data), "--batch", "128", "--epochs", args.epochs,
+                                                "--seed", str(seed)]
+    found = make(jobs, of_run, args)
+    print(f"| method | {' | '.join(COLUMNS)} | RankMe of z | verdict |\n{'|---' * (len(COLUMNS) + 3)}|")
+    if not args.draw:
+        raw = [data.images.flatten(1).float(), data.labels, data.test_images.flatten(1).float(), data.test_labels]
+        print(f"| raw pixels | {cells([whole(*raw)])} | | |")
+        seeds = range(args.seeds)
+        untrained = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            untrained.append(features(Encoder(1, 2), data))
+        print(f"| random encoder | {cells(untrained)} | | |")
+        print(f"| supervised encoder | {cells([supervised(data, int(args.epochs), seed) for seed in seeds])} | | |")
+    for name in METHODS:
+        if own := of(found, name):
+            panel = own[0]["panel"]
+            rank = f"{statistics.mean(one['panel']['RankMe'] for one in own):.0f} of {panel['width']:.0f}"
+            says = {one["verdict"].split(":")[0] for one in own}
+            print(f"| {name} | {cells(own)} | {rank} | {', '.join(sorted(says))} |")
+
+
+def peers(args, data):
+    """On the part for choices."""
+    file = subset(data, args.out / "choice.npz", 12_000, 4_000, held_out=True)
+    common = ["--data", file, "--batch", "64", "--width", "8", "--epochs", "10"]
+    jobs = {}
+    for seed in range(args.seeds):
+        for name in ("VICReg", "SimCLR"):
+            for who, (script, own) in {"ours": METHODS[name], "lightly's": ("tests/experiments/peers.py", [name])}.items():
+                folder = (args.out / f"peers {name} {who} {seed}").resolve()
+                jobs[name, who, seed] = folder, script, [*own, *common, "--seed", str(seed)]
+    probes = make(jobs, lambda job: run(*job)["probes"], args)
+    print(f"| loss | whose | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 2)}|")
+    for name, who in dict.fromkeys(key[:2] for key in jobs):
+        if own := [probe["trained encoder"] for probe in of(probes, name, who)]:
+            print(f"| {name} | {who} | {cells(own)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=["views", "methods", "peers", "subset"])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX files")
+    parser.add_argument("--epochs", default="10", help="of methods")
+    parser.add_argument("--seeds", type=int, default=3)
+    args = options_of_all(parser, "fashion")
+    args.data = args.data.resolve()
+    data = read_images(args.data)
+    if args.part == "subset":
+        print(subset(data, args.out / "fashion.npz", 6_000, 4_000))
+        return
+    dict(views=views, methods=methods, peers=peers)[args.part](args, data)
+
+
+if __name__ == "__main__":
+    main()
