@@ -18,6 +18,9 @@ METHODS = {  # name in tables: script, its options
     "IConE": ("icone.py", []), "VICReg": ("vicreg.py", []), "SimCLR": ("ba_ssl.py", ["--no-fusion"])}
 
 
+VIEWS_OF = {"digits": ["--views", "poses"]}                              # of copies in files, whose default is crops
+
+
 # ---- Runs --------------------------------------------------------------------------------------------------
 def run(folder, script, options):
     """The report of one run, which is not repeated if it is already there."""

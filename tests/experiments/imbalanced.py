@@ -2,7 +2,7 @@
 
     python tests/experiments/imbalanced.py 100 thinned.npz                       # posed digits, R = 100
     python tests/experiments/imbalanced.py 10 thinned.npz --data glyphs.npz
-    python vicreg.py --data thinned.npz --batch 64
+    python vicreg.py --data thinned.npz --batch 64 --views poses                 # as digits have, if they are digits
 
 Test images stay as they are. At least one image of each class is kept.
 """

@@ -12,7 +12,7 @@ import statistics
 
 import numpy as np
 import torch
-from common import METHODS, apart, channels_last, interval, make, of, options_of_all, run, spread, thinned
+from common import METHODS, VIEWS_OF, apart, channels_last, interval, make, of, options_of_all, run, spread, thinned
 from matplotlib.figure import Figure
 
 from kernels import knn_accuracy
@@ -51,7 +51,7 @@ def main():
     args = options_of_all(parser, "long-tail")
     args.out.mkdir(parents=True, exist_ok=True)
     data = read_data(args.data)
-    common = [f"--{option}" for option in args.options]
+    common = [f"--{option}" for option in args.options] + VIEWS_OF.get(args.data, [])
     jobs = {}
     for ratio in args.ratios:
         rows = thinned(data.labels, ratio)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import METHODS, apart, channels_last, interval, make, of, options_of_all, run, spread, thinned
+from common import METHODS, VIEWS_OF, apart, channels_last, interval, make, of, options_of_all, run, spread, thinned
 
 from kernels.harness.cli import read_data
 from kernels.harness.images import pixels
@@ -53,7 +53,7 @@ def main():
                  test_images=channels_last(test), test_labels=np.asarray(data.test_labels))
         for seed in range(args.seeds):
             for name, (script, options) in METHODS.items():
-                own = [f"--{option}" for option in args.options]
+                own = [f"--{option}" for option in args.options] + VIEWS_OF.get(args.data, [])
                 jobs[case, name, seed] = (out / f"{name}, {case.replace(' : ', '-')} {seed}").resolve(), script, [
                     *options, *own, "--data", str(file), "--epochs", args.epochs, "--seed", str(seed)]
     probes = make(jobs, lambda job: run(*job)["probes"], args)
