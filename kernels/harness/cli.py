@@ -103,7 +103,8 @@ def options(method, description, batch, epochs, lr, least_batch=1):
     add("--strict", action="store_true", help="end at a file that cannot be read; else one in ten is skipped")
     add("--views", default="auto", choices=["auto", "crops", "poses"],
         help="what training shows: crops, light and colours, or poses; auto: crops of flat images from files")
-    add("--crop", type=bounded(float, 0.01, 1), help="least share of its area in a crop; not given: .08")
+    add("--crop", type=bounded(float, 0.01, 1),
+        help="least share of an image's area in a crop; not given: .08 of RGB, else .4")
     add("--flips", default="auto", choices=["auto", "on", "off"],
         help="whether half of the crops are mirrored; auto: those of RGB")
     add("--pose", type=bounded(float, 0, 10), default=1., help="strength of turns, sizes and shifts of poses")

@@ -208,11 +208,16 @@ def cropped_view(x, generator, least=0.08, flips=True):
 
 
 # ---- Which of them -----------------------------------------------------------------------------------------
+# k-NN on Fashion-MNIST under SimCLR, VICReg, FALCON, raw pixels .822; one seed, on a part held out from
+# training (python tests/experiments/fashion.py views). With few labels, too, crops from 40 % are ahead.
+#   poses .749 .752 .756                                     half as strong .748 .747 .754
+#   crops from 8 %, not mirrored .819 .805 .790   20 % .832 .807 .802   40 % .834 .828 .800
+#                   mirrored     .820 .801 .790        .825 .809 .793        .828 .823 .808
 def view_for(images, views="auto", crop=None, flips="auto", pose=1., noise=1., padding="zeros"):
     """A view for images [N, C, *S]: crops for flat ones, poses for volumes, which have no other; or as asked.
 
-    crop: least share of a crop's area, .08 if not given. flips: "auto" is "on" for colour, "off" for others,
-    which may be text. padding: of poses. ValueError for what does not go together.
+    crop: least share of a crop's area; not given, .08 for colour, .4 for others. flips: "auto" is "on" for
+    colour, "off" for others. padding: of poses. ValueError for what does not go together.
     """
     flat, colour = len(images.shape) == 4, images.shape[1] == 3
     if views == "auto":
@@ -225,5 +230,5 @@ def view_for(images, views="auto", crop=None, flips="auto", pose=1., noise=1., p
         raise ValueError("--crop and --flips are of crops: give --views crops, or leave them out")
     if views == "crops":
         flips = flips == "on" or (flips == "auto" and colour)
-        return partial(cropped_view, least=crop or 0.08, flips=flips)
+        return partial(cropped_view, least=crop or (0.08 if colour else 0.4), flips=flips)
     return partial(posed_view, pose=pose, noise=noise, padding=padding)

@@ -8,7 +8,7 @@ that name stands in where none can be imported.
 import sys
 import types
 
-from common import ROOT  # noqa: F401: puts the scripts in reach
+from common import ROOT  # noqa: F401 (it puts the scripts in reach)
 
 try:
     import torchvision.ops  # noqa: F401
