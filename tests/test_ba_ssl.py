@@ -291,7 +291,7 @@ def loss_on_noise(both, keep_slots, steps=400, b=16, **options):
 
 
 @pytest.mark.parametrize("both, keep_slots", [
-    (False, False), (True, False), pytest.param(False, True, marks=pytest.mark.slow)])
+    (True, False), *(pytest.param(False, keep, marks=pytest.mark.slow) for keep in (False, True))])
 def test_noise_stays_at_chance(both, keep_slots):
     """Nor can a fused view find its clean partner where slots stay: the clean one carries no mark."""
     assert loss_on_noise(both, keep_slots) == pytest.approx(1, abs=.02)

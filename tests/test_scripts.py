@@ -63,7 +63,7 @@ def test_falcon_logs_its_terms_and_the_meters_of_four_collapses(run):
     assert line["beta"] == pytest.approx(23 / 44)                        # it rises from 1/22 to 1, mean of the epoch
 
 
-@command(f"{SMALL} --amp bf16", scripts=ALL, prepare=saved(**small_arrays(12, 12, 3)))
+@command(f"{SMALL} --amp bf16", scripts=ALL, prepare=saved(**small_arrays(12, 12, 3)), slow=["icone.py", "ba_ssl.py"])
 def test_colour_images_in_mixed_precision(run):
     assert run.out().exists()
     assert "trained encoder" in run.stdout
