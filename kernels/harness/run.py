@@ -180,6 +180,7 @@ class Run:
             atomic_write_text(self.folder / "metrics.jsonl", "".join(lines))
 
     def write_checkpoint(self):
+        """All that resuming needs, from all processes, into last.pt."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state.update(config=vars(self.args), cycles=self.cycles, history=self.history, order=self.order,
                      done=self.done, sums=self.sums, torch_rng=torch.get_rng_state(),
