@@ -212,7 +212,7 @@ if triton is not None:
             top,  # [slabs, B] out, maxima
             total,  # [slabs, B] out, sums
             out,  # [slabs, B, d] out, sums of weighted bank rows; not written without OUTPUT
-            positive,  # [slabs, B] out, s of the target if it is in this slab, else 0; only with TARGET
+            positive,  # [B] out, s of the target, by the slab that it is in; only with TARGET
             B, N, d, rows_per_slab,
             stride_q, stride_qd,
             stride_m, stride_md,
@@ -232,7 +232,6 @@ if triton is not None:
         part = tl.program_id(2) * SLICE
         high = tl.full([OWN], -float("inf"), tl.float32)
         acc = tl.zeros([OWN], tl.float32)
-        own = tl.zeros([OWN], tl.float32)
         o = tl.zeros([OWN, SLICE], tl.float32)
         first = slab * rows_per_slab
         last = tl.minimum(first + rows_per_slab, N)
@@ -244,8 +243,9 @@ if triton is not None:
                 mk = _tile(bank, n, last, k, d, stride_m, stride_md, BLOCK_K)
                 s += tl.dot(qk, tl.trans(mk), input_precision=PRECISION)
             if TARGET:
-                y = tl.load(target + b, mask=b < B, other=-1)[:, None]
-                own += tl.sum(tl.where(n[None, :] == y, s, 0.), axis=1)        # rows from last on: s is 0
+                y = tl.load(target + b, mask=b < B, other=-1)
+                own = tl.sum(tl.where(n[None, :] == y[:, None], s, 0.), axis=1)
+                tl.store(positive + b, own, mask=(y >= start) & (y < start + OTHER))
             s = tl.where((n < last)[None, :], s, -float("inf"))
             for number in tl.static_range(EXCLUDE):
                 without = tl.load(exclude + b * EXCLUDE + number, mask=b < B, other=-1)
@@ -268,8 +268,6 @@ if triton is not None:
         if part == 0:
             tl.store(top + at, high, mask=b < B)
             tl.store(total + at, acc, mask=b < B)
-            if TARGET:
-                tl.store(positive + at, own, mask=b < B)
         if OUTPUT:
             cols = part + tl.arange(0, SLICE)[None, :]
             tl.store(out + at[:, None] * d + cols, o, mask=(b[:, None] < B) & (cols < d))
@@ -354,13 +352,12 @@ def _forward_triton(q, bank, exclude, target, softmax, with_output):
     top = q.new_empty((slabs, B))
     total = q.new_empty((slabs, B))
     out = q.new_empty((slabs, B, d)) if with_output else None
-    positive = q.new_empty((slabs, 0 if target is None else B))
+    positive = q.new_empty(0 if target is None else B)
     count = 0 if exclude is None else exclude.shape[1]
     with on_device(q):
         _slab[blocks, slabs, parts](q, bank, exclude, target, top, total, out, positive, B, N, d,
                                     rows_per_slab, *q.stride(), *bank.stride(), softmax, count,
                                     target is not None, with_output, **tiles)
-    positive = positive.sum(dim=0)
     if softmax:
         return *_merge(top, total, out), positive
     return top[0], total.sum(dim=0), None if out is None else out.sum(dim=0), positive

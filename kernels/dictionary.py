@@ -452,7 +452,7 @@ if triton is not None:
     @triton.jit
     def _slope(
             log, other_log,  # [R, C], log2 p of this view and of the other one
-            high, mean,  # [1, C], parts of m of this view
+            high, mean,  # [1, C], parts of m of this view; with REVERSE their sum, and nothing
             E, R,  # [R, 1] of this view
             g_prior, g_cross,  # upstream
             log_c, codes,
@@ -463,7 +463,7 @@ if triton is not None:
         p = tl.exp2(log)
         slope = g_cross * (p * (LN2 * (E - _finite(other_log)) + 1) - tl.exp2(other_log))
         if REVERSE:
-            slope += g_prior * LN2 * p * (high + mean + log_c - R)
+            slope += g_prior * LN2 * p * (high + log_c - R)
         else:
             slope -= g_prior * (tl.exp2(log - high - mean) / codes + p * R)
         return slope
@@ -508,6 +508,9 @@ if triton is not None:
         r_b = tl.load(terms + 3 * n + row, mask=row < n, other=0.)[:, None]
         high_a, mean_a = _two_parts(m, code, codes, last)
         high_b, mean_b = _two_parts(m + codes, code, codes, last)
+        if REVERSE:
+            high_a += mean_a
+            high_b += mean_b
 
         at = out + row.to(tl.int64)[:, None] * stride + place[None, :]
         view = tl.cast(n, tl.int64) * stride

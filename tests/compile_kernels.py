@@ -27,7 +27,7 @@ from kernels import bank, covariance, dictionary  # noqa: E402
 
 TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_86", "sm_90", "sm_100")}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-EDGES = "sm_90"
+EDGES = "sm_100"
 REGISTERS = 65536                                      # of an NVIDIA processor
 AMD_REGISTERS = 512                                    # of a lane, on each of the four units of an AMD processor
 SHARED = {                                             # bytes of a processor

@@ -297,6 +297,7 @@ def test_noise_stays_at_chance(both, keep_slots):
     assert loss_on_noise(both, keep_slots) == pytest.approx(1, abs=.02)
 
 
+@pytest.mark.slow
 def test_slots_that_stay_in_both_views_are_a_shortcut():
     """With most of an image replaced by its slot's own filter of it; at a share of .2 they stay at chance too."""
     assert loss_on_noise(True, True, share=.9, mixing="grouped") < .8
