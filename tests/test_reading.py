@@ -1143,6 +1143,7 @@ def test_names_that_are_not_utf8(strange_names):
     read_images("set", size=16)                                      # and are found again
 
 
+@pytest.mark.slow
 def test_a_run_with_strange_names_on_a_terminal_of_ascii(strange_names):
     done = start(*"--data set --size 16 --batch 8 --epochs 1 --width 4 --projector 16-16 --out run".split(),
                  PYTHONIOENCODING="ascii", PYTHONWARNINGS="default")

@@ -177,6 +177,7 @@ def test_ba_ssl_on_vicreg(run):
     check_base(run, "vicreg")
 
 
+@pytest.mark.slow
 @command(f"{SMALL} --loss falcon", scripts=["ba_ssl.py"])
 def test_ba_ssl_on_falcon(run):
     check_base(run, "falcon")
