@@ -1201,7 +1201,7 @@ def test_a_border_leaves_no_black_in_volumes(padding, black):
     assert ((view.amax(1) - view.amin(1)).max() > 0.3) == black
 
 
-def test_volumes_get_poses_with_that_border_and_flat_images_crops_mirrored_where_they_are_of_colour():
+def test_volumes_get_poses_with_that_border_and_flat_images_crops_mirrored_where_they_are_of_colour(capsys):
     np.save("x.npy", numbers(shape=(20, 8, 8, 8)))
     write("set", numbers())
     views = read_data("x.npy").view, read_data("set", size=16).view, read_data("digits3d").view, read_data("digits").view
@@ -1209,6 +1209,9 @@ def test_volumes_get_poses_with_that_border_and_flat_images_crops_mirrored_where
     assert views[0].keywords == {"pose": 1, "noise": 1, "padding": "border"}
     assert views[1].keywords == {"least": .4, "flips": False}
     assert views[2].keywords["padding"] == "zeros"
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("views: ")]
+    assert said == ["views: poses, of strength 1, noise 1", "views: crops from 40% of the area, not mirrored",
+                    *["views: poses, of strength 1, noise 1"] * 2]
     write("set", numbers(shape=(20, 12, 12, 3)))
     assert read_data("set", size=16).view.keywords == {"least": .08, "flips": True}
     assert read_data("set", "crops", .4, "off", size=16).view.keywords == {"least": .4, "flips": False}

@@ -136,7 +136,7 @@ def options(method, description, batch, epochs, lr, least_batch=1):
     add = parser.add_argument_group("run folder").add_argument
     add("--out", type=filled, help="run folder, new or empty; if not given runs/SCRIPT-1, -2, ...")
     add("--save-minutes", type=bounded(float, 0), default=10.,
-        help="a checkpoint within an epoch is no older than this; there is one after an epoch, too")
+        help="a checkpoint within an epoch is no older than this; after an epoch, where it is cheap, too")
     add("--resume", type=filled, help="folder of a run to continue, with its own options; epochs may rise")
     add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
     return parser, add_own

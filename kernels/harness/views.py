@@ -24,12 +24,13 @@ PIECE = 2 ** 23                        # bytes of images at a time on a CPU, whi
 
 def two_views(x, generator, view):
     """view(x, generator), twice; of large images piece by piece."""
-    many = len(x) if x.is_cuda else max(1, PIECE // (x[0].numel() * x.element_size()))
+    many = len(x)
+    if not x.is_cuda:
+        many = max(1, PIECE // x[0].nbytes)
     parts = x.split(many)
-    if len(parts) == 1:
-        return view(x, generator), view(x, generator)
-    first, second = (torch.cat([view(part, generator) for part in parts]) for _ in range(2))
-    return first, second
+    first = [view(part, generator) for part in parts]
+    second = [view(part, generator) for part in parts]
+    return torch.cat(first), torch.cat(second)
 
 
 # ---- Poses -------------------------------------------------------------------------------------------------
@@ -175,9 +176,12 @@ def blur(x, sigma):
     def band(side):
         place = torch.arange(side + 2 * radius, device=x.device)
         away = place[:, None] - place[:side] - radius                # from a padded pixel to one made
-        exponent = -away.square() / (2 * sigma.view(n, 1, 1).square())
-        nothing = (away.abs() > radius) | (exponent < -50)           # denormal numbers would be slow
-        return exponent.masked_fill(nothing, -torch.inf).softmax(1)  # [N, side + 2 radius, side]
+        outside = away.abs() > radius
+        away = away / sigma.view(n, 1, 1)                            # [N, side + 2 radius, side], in sigmas
+        tiny = away.abs() > 10                                       # denormal numbers would be slow
+        exponent = -away.square() / 2
+        exponent = exponent.masked_fill(outside | tiny, -torch.inf)
+        return exponent.softmax(1)
 
     x = F.pad(x, [radius] * 4, "replicate")
     x = x.transpose(1, 2).flatten(1, 2) @ band(width)                # [N, (H + 2 radius) C, W]
@@ -217,18 +221,27 @@ def view_for(images, views="auto", crop=None, flips="auto", pose=1., noise=1., p
     """A view for images [N, C, *S]: crops for flat ones, poses for volumes, which have no other; or as asked.
 
     crop: least share of a crop's area; not given, .08 for colour, .4 for others. flips: "auto" is "on" for
-    colour, "off" for others. padding: of poses. ValueError for what does not go together.
+    colour, "off" for others. padding: of poses. Prints which it is. ValueError for what does not go together.
     """
-    flat, colour = len(images.shape) == 4, images.shape[1] == 3
+    flat = len(images.shape) == 4
     if views == "auto":
         views = "crops" if flat else "poses"
-    if views == "crops" and not flat:
+
+    if views == "poses":
+        if crop or flips != "auto":
+            raise ValueError("--crop and --flips are of crops: give --views crops, or leave them out")
+        print(f"views: poses, of strength {pose:g}, noise {noise:g}")
+        return partial(posed_view, pose=pose, noise=noise, padding=padding)
+
+    if not flat:
         raise ValueError("--views crops: volumes have poses alone")
-    if views == "crops" and (pose, noise) != (1, 1):
+    if (pose, noise) != (1, 1):
         raise ValueError("--pose and --noise are of poses: give --views poses, or leave them out")
-    if views == "poses" and (crop, flips) != (None, "auto"):
-        raise ValueError("--crop and --flips are of crops: give --views crops, or leave them out")
-    if views == "crops":
-        flips = flips == "on" or (flips == "auto" and colour)
-        return partial(cropped_view, least=crop or (0.08 if colour else 0.4), flips=flips)
-    return partial(posed_view, pose=pose, noise=noise, padding=padding)
+    colour = images.shape[1] == 3
+    if crop is None:
+        crop = 0.08 if colour else 0.4
+    if flips == "auto":
+        flips = "on" if colour else "off"
+    mirrored = "half of them mirrored" if flips == "on" else "not mirrored"
+    print(f"views: crops from {crop:.0%} of the area, {mirrored}")
+    return partial(cropped_view, least=crop, flips=flips == "on")

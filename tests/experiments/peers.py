@@ -2,20 +2,45 @@
 
     python tests/experiments/peers.py VICReg --data FOLDER ...       # options of the script; needs lightly installed
 
-lightly (github.com/lightly-ai/lightly) asks for torchvision; its two losses used here do not, so that an empty module of
-that name stands in where none can be imported.
+lightly (github.com/lightly-ai/lightly) imports torchvision throughout; its two losses used here need nothing of it, so that
+empty modules stand in where none can be imported.
 """
+import importlib.abc
+import importlib.machinery
 import sys
 import types
 
 from common import ROOT  # noqa: F401 (it puts the scripts in reach)
 
+
+class Empty(types.ModuleType):
+    """A module in which any name is a class without anything."""
+    __path__ = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Empty modules for torchvision and all within it."""
+
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] == "torchvision":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return Empty(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
 try:
-    import torchvision.ops  # noqa: F401
+    import torchvision  # noqa: F401
 except ImportError:
-    stand_in = types.ModuleType("torchvision.ops")
-    stand_in.roi_align = None
-    sys.modules |= {"torchvision": types.ModuleType("torchvision"), "torchvision.ops": stand_in}
+    sys.meta_path.append(StandIn())
 from lightly.loss import NTXentLoss, VICRegLoss
 
 import ba_ssl
