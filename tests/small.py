@@ -38,9 +38,10 @@ def small_model(name, batch=4, count=24):
     if name == "vicreg":
         model = vicreg.VICReg(encoder, FEATURES, projector=(24, 16))
     elif name == "icone":
-        model = icone.IConE(encoder, FEATURES, count, bank=count // 2)       # at random: torch's own generator
+        model = icone.IConE(encoder, FEATURES, count, bank=min(count // 2, 2048))
         model.table.normal_()
         F.normalize(model.table, out=model.table)
+        model.known.fill_(True)                                          # as start_table(images, "normal")
     elif name == "falcon":
         model = falcon.FALCON(encoder, FEATURES, falcon.FixedDictionary(64, 16), batch, projector=(16,))
     elif name == "alternating":

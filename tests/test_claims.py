@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("script, least_knn, least_linear", [
-    ("vicreg.py", .82, .84), ("icone.py", .89, .90), ("falcon.py", .85, .88), ("ba_ssl.py", .885, .90)])
+    ("vicreg.py", .82, .84), ("icone.py", .90, .915), ("falcon.py", .85, .88), ("ba_ssl.py", .885, .90)])
 def test_default_run_on_posed_digits(tmp_path, request, script, least_knn, least_linear):
     """One run, its seed drawn at random, or three with --every-run: at least these accuracies, within five stds (three:
     three) of those that README states, .02 at least, and in at most 15 % over the seconds of its slowest machine."""
@@ -40,7 +40,7 @@ def test_default_run_on_posed_digits(tmp_path, request, script, least_knn, least
 
 def benchmark(*options):
     """{case: (times faster, times less memory, memory over the input)} of our torch form."""
-    done = subprocess.run([sys.executable, "-m", "kernels.benchmark", "--device", "cpu", *options],
+    done = subprocess.run([sys.executable, "-m", "kernels.benchmark", "--device", "cpu", "--no-compile", *options],
                           cwd=ROOT, capture_output=True, text=True, check=True)
     return {case.strip(): tuple(map(float, numbers)) for case, *numbers in re.findall(
         r"^(.*) torch +\S+ +(\S+)x .* (\S+)x +(\S+)x$", done.stdout, re.M)}

@@ -72,35 +72,62 @@ def test_diversity_and_gradient_equal_the_textbook(kind):
 
 
 # ---- The table ---------------------------------------------------------------------------------------------
-def test_a_table_that_is_no_larger_than_the_bank_is_the_bank():
-    net = model(images())
-    places, bank = net.bank_of_step("cpu")
-    assert torch.equal(bank, net.table)
-    assert icone.column_to_exclude(places, torch.tensor([2, 7, 11])).tolist() == [2, 7, 11]
+def test_at_the_start_the_bank_is_all_of_a_small_table():
+    assert torch.equal(model(images()).visited.unique(), torch.arange(12))
 
 
-def test_the_bank_of_a_large_table_has_distinct_rows_from_all_of_it():
-    net = model(images(50), bank=20)
-    seen = torch.zeros(50)
-    for _ in range(400):
-        net.drawn = None
-        places, bank = net.bank_of_step("cpu")
-        column = icone.column_to_exclude(places, torch.arange(50))
-        assert bank.shape == (20, 6) and torch.equal(bank, net.table[places])
-        assert (places.diff() > 0).all()
-        there = torch.isin(torch.arange(50), places)
-        assert torch.equal(places[column[there]], torch.arange(50)[there])
-        assert (column[~there] == 19).all()                              # as many are left for each
-        seen[places] += 1
-    assert seen.min() >= 100 and seen.max() <= 220                       # 160 each, but for chance
-
-
-def test_the_bank_stays_until_the_step():
-    net = model(images(50), bank=20)
-    _, first = net.bank_of_step("cpu")
-    assert torch.equal(net.bank_of_step("cpu")[1], first)
+def step(net, index, **options):
+    index = torch.as_tensor(index)
+    terms, _ = net(images(len(index), 1), images(len(index), 2), index, **options)
+    sum(terms.values()).backward()
     net.step()
-    assert not torch.equal(net.bank_of_step("cpu")[1], first)
+
+
+@pytest.mark.parametrize("batch, last", [([3, 40], [9, 3, 40]), ([7, 11, 12, 13, 2], [12, 13, 2])])
+def test_the_bank_are_the_rows_visited_last(batch, last):
+    net = model(images(50), bank=3)
+    step(net, [5, 6, 9])
+    step(net, batch)
+    assert net.visited.tolist() == last
+    terms, _ = net(images(1, 3), images(1, 4), torch.tensor([9]))
+    bank = net.table[sorted(last)]
+    own = torch.tensor([sorted(last).index(9) if 9 in last else 2])       # if it is not there, one more has to go
+    right = 6 * textbook(net.table[[9]], bank, own, "logsumexp", .2)
+    assert terms["diversity"].item() == pytest.approx(right.item(), rel=1e-9)
+
+
+def test_the_own_row_is_excluded_where_it_is_in_the_bank():
+    places = torch.tensor([2, 3, 7, 30])
+    column = icone.column_to_exclude(places, torch.tensor([7, 2, 30, 0, 5, 49]))
+    assert column.tolist() == [2, 0, 3, 3, 3, 3]                         # as many are left for each
+
+
+@pytest.mark.parametrize("start", ["visit", "encoder", "normal"])
+def test_a_row_starts_anew_at_its_first_visit_if_that_comes_late(start):
+    data, index = images(), torch.tensor([4, 1, 9])
+    net = model(data)
+    net.start_table(data, start)
+    net.train()
+    step(net, [1, 3])
+    before = net.table.clone()
+    views = images(3, 5), images(3, 6)
+    z1, z2 = (F.normalize(net.projector(net.encoder(view))).detach() for view in views)
+    net(*views, index, renew=True)
+    (_, rows), = net.taken
+    expected = before[index].clone()
+    if start == "visit":
+        expected[[0, 2]] = F.normalize(z1 + z2)[[0, 2]]                  # 1 was visited before
+    torch.testing.assert_close(rows, expected)
+    assert torch.equal(net.table, before)                                # until the step
+
+
+def test_late_visits_end_in_the_table():
+    net = model(images(), table_lr=0)
+    step(net, [4, 9], renew=True)
+    assert net.known[[4, 9]].all()
+    rows = net.table[[4, 9]].clone()
+    step(net, [4, 9], renew=True)
+    torch.testing.assert_close(net.table[[4, 9]], rows)
 
 
 def test_a_step_moves_the_rows_of_its_images_and_no_other():
@@ -131,7 +158,7 @@ def test_the_table_may_lie_on_the_cpu_while_the_rest_is_on_a_gpu():
         net = model(data, bank=8)
         net.cuda().table = net.table.to(table_on)
         net.start_table(data)
-        torch.manual_seed(0)                                             # of the bank
+        net.train()
         terms, _ = net(images(3, 1).cuda(), images(3, 2).cuda(), index.cuda())
         sum(terms.values()).backward()
         net.step()
@@ -195,11 +222,11 @@ def test_no_sample_sees_another_one_of_its_batch():
         assert not torch.equal(a[2], b[2])
 
 
-def updated(net, batches, views, index):
+def updated(net, batches, views, index, *renew):
     """The state after one SGD step whose gradient is averaged over batches."""
     optimizer = torch.optim.SGD(net.parameters(), .1)
     for batch in batches:
-        numbers = [index[batch]] if isinstance(net, icone.IConE) else []
+        numbers = [index[batch], *renew] if isinstance(net, icone.IConE) else []
         terms, _ = net(*(view[batch] for view in views), *numbers)
         (sum(terms.values()) / len(batches)).backward()
     optimizer.step()
@@ -209,10 +236,11 @@ def updated(net, batches, views, index):
 
 
 @pytest.mark.parametrize("bank", [5, 12])
-def test_accumulated_batches_of_one_equal_the_whole_batch(bank):
+@pytest.mark.parametrize("renew", [False, True])
+def test_accumulated_batches_of_one_equal_the_whole_batch(bank, renew):
     data, views, index = images(), (images(8, 1), images(8, 2)), torch.arange(8)
-    whole = updated(model(data, bank=bank), [index], views, index)
-    ones = updated(model(data, bank=bank), index.split(1), views, index)
+    whole = updated(model(data, bank=bank), [index], views, index, renew)
+    ones = updated(model(data, bank=bank), index.split(1), views, index, renew)
     for name in whole:
         torch.testing.assert_close(ones[name], whole[name], rtol=1e-10, atol=1e-12)
 
@@ -304,16 +332,17 @@ def test_a_validation_loss_leaves_nothing_behind(how):
         net.step()
 
     train()
-    table, state = net.table.clone(), torch.get_rng_state()
+    buffers, state = [buffer.clone() for buffer in (net.table, net.known, net.visited)], torch.get_rng_state()
     net.train(how != "eval")
     with torch.inference_mode(how == "inference"), torch.set_grad_enabled(how == "eval"):
-        terms, _ = net(data[:4], data[8:12], index)
+        terms, _ = net(data[:4], data[8:12], index + 6, renew=True)
     assert all(term.isfinite() for term in terms.values())
-    assert not net.taken and net.drawn is None and torch.equal(table, net.table)
+    assert not net.taken
+    assert all(map(torch.equal, buffers, (net.table, net.known, net.visited)))
     assert how != "eval" or torch.equal(state, torch.get_rng_state())
     net.train()
     train()                                                          # as if it had not been asked for
-    assert not torch.equal(table, net.table)
+    assert not torch.equal(buffers[0], net.table)
 
 
 def test_rows_move_alike_under_a_gradient_scaler():

@@ -15,6 +15,7 @@ import torch
 
 from kernels.harness import run as harness_run
 from kernels.harness.files import load_checkpoint
+from kernels.harness.order import through_window
 from kernels.harness.views import posed_view
 from scripts import ALL, ONE, SMALL, command, interrupted, killed_and_resumed
 from small import LOOPS, small_data, small_model, train
@@ -193,6 +194,31 @@ def test_a_checkpoint_is_written_where_it_pays_and_a_kill_before_it_costs_no_bit
     assert Slow.written == [0, 0, 12]                                # a new start, and the end
     assert again.history == whole.history
     assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in whole.model.state_dict().items())
+
+
+def test_a_run_through_a_window_that_was_killed_inside_of_one_goes_on_to_the_bit(tmp_path):
+    def through(*args):
+        return harness_run.Run(*args, through_window(6))
+
+    options = dict(kind=through, epochs=3, batch=1, accumulate=1, save_minutes=0.)       # four windows an epoch
+    whole = train("icone", small_model("icone"), small_data(), tmp_path / "whole", **options)
+    for left in (2 * 15 + 1, 2 * 32 + 1):
+
+        def view(x, generator):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            return posed_view(x, generator)
+
+        folder = tmp_path / f"{left}"
+        with pytest.raises(KeyboardInterrupt):
+            train("icone", small_model("icone"), small_data(view), folder, **options)
+        state = load_checkpoint(folder / "last.pt")
+        assert state["done"] in (15, 8)
+        again = train("icone", small_model("icone"), small_data(), folder, state, **options)
+        assert again.history == whole.history
+        assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in whole.model.state_dict().items())
 
 
 # ---- Whole runs --------------------------------------------------------------------------------------------

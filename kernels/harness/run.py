@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from .files import atomic_write, atomic_write_text
+from .order import shuffled
 from .processes import (all_gather_object, all_reduce_max, broadcast, data_parallel, die, end_by_signal,
                         local_slice, noted_signals, on_first_signal, rank, world_size)
 
@@ -26,6 +27,7 @@ from .processes import (all_gather_object, all_reduce_max, broadcast, data_paral
 class Run:
     """A script's run over data.images, in its folder; state: the checkpoint to go on from, or None.
 
+    order: order(run) -> image numbers of an epoch, as they are in order.py.
     args: batch, accumulate, epochs, seed, device, amp ("off" or "bf16"), compile, save_minutes.
     device, generator   where it computes, and what draws the views there, in each process its own
     step_size, total    images in a step of the optimiser, those of all processes; steps of the whole run
@@ -34,7 +36,8 @@ class Run:
     `save_minutes`, at a signal and at the end; metrics.jsonl after each epoch.
     """
 
-    def __init__(self, args, data, folder, state=None):
+    def __init__(self, args, data, folder, state=None, order=shuffled):
+        self.draw_order = order
         self.args = args
         self.folder = folder
         self.state = state
@@ -96,13 +99,12 @@ class Run:
         on_first_signal(lambda number: end_by_signal(number, self.folder))     # during the report
 
     def steps(self):
-        """Yield for each step numbers of images [accumulate, batch], in random order, none twice an epoch.
+        """Yield for each step numbers of images [accumulate, batch], in the run's order.
 
         What is left after the last whole step, other images each time, is not seen.
         """
         if self.order is None:
-            order = torch.randperm(self.count, generator=self.generator, device=self.device)
-            self.order = broadcast(order[:self.steps_per_epoch * self.step_size].cpu())
+            self.order = broadcast(self.draw_order(self)[:self.steps_per_epoch * self.step_size])
         shape = self.steps_per_epoch, self.args.accumulate, self.args.batch
         for batches in self.order.to(self.device).view(shape)[self.done:]:
             yield batches

@@ -13,10 +13,9 @@ RUNS = {  # script and its options: seeds
     "vicreg.py": 3, "vicreg.py --variance 0": 3, "vicreg.py --covariance 0": 3,
     "icone.py": 3, "icone.py --weight 0": 3,
     **{f"icone.py {choice}": 1 for choice in (
-        "--temperature 0.1", "--temperature 0.5", "--diversity relu2", "--projector 128", "--projector 512-128",
-        "--table-init normal", "--view-view 0.3", "--centre 0", "--bank 256", "--weight 6 --table-lr 0.1",
-        "--weight 3 --table-lr 0.3", "--weight 6 --table-lr 0.3", "--weight 6 --table-lr 1",
-        "--weight 10 --table-lr 1", "--weight 6 --table-lr 3")}}
+        "--window 0", "--table-init encoder", "--window 0 --table-init encoder", "--table-init normal", "--bank 256",
+        "--temperature 0.1", "--temperature 0.5", "--diversity relu2", "--projector 128", "--view-view 0.3", "--centre 0",
+        "--table-lr 0.1", "--table-lr 1", "--table-lr 3", "--weight 3", "--weight 10")}}
 
 
 def main():

@@ -11,7 +11,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from common import METHODS, apart, interval, make, of, options_of_all, run, spread
+from common import METHODS, make, of, options_of_all, over, run, spread
 from matplotlib.figure import Figure
 
 COLUMNS = ["k-NN", "linear", "RankMe of z", "TwoNN of z"]
@@ -54,8 +54,8 @@ def main():
             if own := of(reports, name, size):
                 table[name, size] = [*zip(*map(numbers, own))]
                 cells = [spread(column, 3 if k < 2 else 1) for k, column in enumerate(table[name, size])]
-                over = apart(reports, ("IConE", size), (name, size), lambda report: numbers(report)[0])
-                cells.append(interval(over) if name != "IConE" else "")
+                ours = table.get(("IConE", size))
+                cells.append(over(ours[0], table[name, size][0]) if ours and name != "IConE" else "")
                 print(f"| {name} | {size} | {' | '.join(cells)} |")
     if args.draw:
         return

@@ -12,7 +12,7 @@ import statistics
 
 import numpy as np
 import torch
-from common import METHODS, VIEWS_OF, apart, channels_last, interval, make, of, options_of_all, run, spread, thinned
+from common import METHODS, VIEWS_OF, apart, channels_last, interval, make, of, options_of_all, over, run, spread, thinned
 from matplotlib.figure import Figure
 
 from kernels import knn_accuracy
@@ -83,12 +83,13 @@ def main():
         return
     first, last = args.ratios[0], args.ratios[-1]
     print(f"\n| k-NN, 95 % | {' | '.join(f'batch {size}' for size in args.batches)} |\n|---{'|---' * len(args.batches)}|")
-    rows = {f"{a} less {b}, R = {ratio}": ((ratio, a), (ratio, b))
-            for a, b in (("IConE", "VICReg"), ("IConE", "SimCLR"), ("VICReg", "SimCLR")) for ratio in args.ratios}
-    rows |= {f"{name}, R = {last} less R = {first}": ((last, name), (first, name)) for name in METHODS}
-    for title, ((ratio, name), (other, its)) in rows.items():
-        over = (apart(results, (ratio, size, name), (other, size, its), lambda line: line["k-NN"]) for size in args.batches)
-        print(f"| {title} | {' | '.join(map(interval, over))} |")
+    for a, b in (("IConE", "VICReg"), ("IConE", "SimCLR"), ("VICReg", "SimCLR")):
+        for ratio in args.ratios:
+            ours, theirs = ([[line["k-NN"] for line in of(results, ratio, size, name)] for size in args.batches] for name in (a, b))
+            print(f"| {a} less {b}, R = {ratio} | {' | '.join(map(over, ours, theirs))} |")
+    for name in METHODS:
+        lost = (apart(results, (last, size, name), (first, size, name), lambda line: line["k-NN"]) for size in args.batches)
+        print(f"| {name}, R = {last} less R = {first} | {' | '.join(map(interval, lost))} |")
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import METHODS, VIEWS_OF, apart, channels_last, interval, make, of, options_of_all, run, spread, thinned
+from common import METHODS, VIEWS_OF, apart, channels_last, interval, make, of, options_of_all, over, run, spread, thinned
 
 from kernels.harness.cli import read_data
 from kernels.harness.images import pixels
@@ -64,9 +64,10 @@ def main():
             if not (own := of(probes, case, name)):
                 continue
             cells = [spread([probe["trained encoder"][column] for probe in own]) for column in ("k-NN", "linear")]
-            for shown, other in ((case != "clean", ("clean", name)), (name == "VICReg", (case, "SimCLR"))):
-                over = apart(probes, (case, name), other, lambda probe: probe["trained encoder"]["k-NN"])
-                cells.append(interval(over) if shown else "")
+            lost = apart(probes, (case, name), ("clean", name), lambda probe: probe["trained encoder"]["k-NN"])
+            cells.append(interval(lost) if case != "clean" else "")
+            ours, theirs = ([probe["trained encoder"]["k-NN"] for probe in of(probes, case, which)] for which in METHODS)
+            cells.append(over(ours, theirs) if name == "VICReg" else "")
             raw = own[0]["raw pixels"]["k-NN"]
             print(f"| {case} | {raw:.3f} | {name} | {' | '.join(cells)} |")
 
