@@ -304,7 +304,7 @@ def test_a_step_costs_hardly_more_at_a_million_rows(capsys):
         print(f"resident at most {float(gigabytes):.2f} GB")
     for batch in (1, 64):
         assert took[1_000_000, batch] <= 3 * took[10_000, batch]         # 1.1 to 2.3: rows further apart in memory
-    assert took[1_000_000, 1] <= 3
+    assert took[1_000_000, 1] <= 4
     assert float(gigabytes) <= 2.2
 
 

@@ -14,8 +14,8 @@ RUNS = {  # script and its options: seeds
     "icone.py": 3, "icone.py --weight 0": 3,
     **{f"icone.py {choice}": 1 for choice in (
         "--window 0", "--table-init encoder", "--window 0 --table-init encoder", "--table-init normal", "--bank 256",
-        "--temperature 0.1", "--temperature 0.5", "--diversity relu2", "--projector 128", "--view-view 0.3", "--centre 0",
-        "--table-lr 0.1", "--table-lr 1", "--table-lr 3", "--weight 3", "--weight 10")}}
+        "--temperature 0.1", "--temperature 0.5", "--diversity relu2", "--projector 128",
+        "--centre 0", "--table-lr 0.1")}}
 
 
 def main():
