@@ -176,12 +176,11 @@ class IConE(nn.Module):
         views = torch.cat([view1, view2])                            # [2B, C, *S]
         h1, h2 = self.encoder(views).chunk(2)
         h = torch.cat([gather(h1), gather(h2)])                      # [2B, E]
-        z = self.projector(h)
-        z = unit_rows(z.to(self.table.dtype))                        # [2B, D]
+        z = unit_rows(self.projector(h).to(self.table.dtype))        # [2B, D]
         z1, z2 = z.chunk(2)
         u = self.rows_of(index, F.normalize(z1 + z2), renew)         # [B, D]
         places = self.visited.unique()                               # [M], in order: one bank a step
-        bank = self.table[places.to(self.table.device)].to(index.device)     # [M, D]
+        bank = self.table.index_select(0, places.to(self.table.device)).to(index.device)     # [M, D]
         exclude = column_to_exclude(places, index)
         crowded = crowding(u, bank, exclude, self.diversity, self.temperature)
         terms = {"alignment": 1 - (z * u.repeat(2, 1)).sum(1).mean(),

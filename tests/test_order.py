@@ -65,8 +65,15 @@ def test_the_orders_end_is_joined_to_its_start():
 
 
 @pytest.mark.parametrize("count, batch, window", [(1437, 256, 400), (300, 64, 400), (80, 10, 20), (1437, 64, 0)])
-def test_where_an_epoch_is_one_window_all_are_shuffled(count, batch, window):
+def test_where_an_epoch_is_one_window_all_are_shuffled_and_it_says_so(count, batch, window, capsys):
     assert torch.equal(through_window(window)(run_of(count, batch, 9)), shuffled(run_of(count, batch, 9)))
+    said = f"order: {count // batch} steps an epoch, too few for two windows: all images are shuffled\n"
+    assert capsys.readouterr().out == (said if window else "")           # 0 asks for it
+
+
+def test_a_window_that_slides_is_said_once(capsys):
+    epochs_of(run_of(1437, 64, 45), through_window(400), 3)
+    assert capsys.readouterr().out == "order: 22 steps an epoch, 4 windows of 359 images, sliding\n"
 
 
 def test_added_epochs_pass_over_all_images_once_more():

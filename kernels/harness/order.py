@@ -6,6 +6,9 @@ which then has not aged so much at the next visit. The idea is of Cao et al., ar
 instances; the form here is ours.
 """
 import torch
+from tqdm import tqdm
+
+from .processes import rank
 
 
 def shuffled(run):
@@ -20,11 +23,15 @@ def through_window(images):
     in the run (once more in epochs that are added later). An epoch is several windows, the images of each of
     them shuffled: none holds an image twice. An image is visited as often as there are epochs, give or take
     one, but for what is left of windows after their last whole step. Where an epoch is one window, all images
-    are shuffled.
+    are shuffled. The first epoch's prints which it is.
     """
     def order(run):
-        windows = round(run.steps_per_epoch / max(6, images // run.step_size))
-        if not images or windows < 2:
+        windows = round(run.steps_per_epoch / max(6, images // run.step_size)) if images else 0
+        if images and not run.history and rank() == 0:
+            tqdm.write(f"order: {run.steps_per_epoch} steps an epoch, " + (
+                f"{windows} windows of {run.count // windows:,} images, sliding" if windows > 1 else
+                "too few for two windows: all images are shuffled"))
+        if windows < 2:
             return shuffled(run)
         generator = torch.Generator().manual_seed(run.args.seed % 2**63)
         row = torch.randperm(run.count, generator=generator)
