@@ -54,7 +54,8 @@ def bank_reference(q, bank, temperature, target=None, exclude=None):
 # then. dm needs w again, tile by tile, from lse_b. With a running maximum c_b, sums and O are rescaled by
 # exp(c_old - c_new) whenever it grows; that is exact, and safe at any temperature. An excluded column has
 # s = -inf: weight 0 in both. At 1/t = 10,000 an fp32 logit is .001 wrong: so lse_b is kept as its largest
-# logit and the logarithm of the rest, and the target's logit comes from the same product.
+# logit and the logarithm of the rest, and the target's logit comes from the same product, in the backward too:
+# a product made again may be rounded otherwise.
 #
 # All is done in base 2, with queries that carry log2(e)/t, since 2^x costs less than e^x: 40 % of the time on
 # CPUs, one instruction on GPUs. The queries are scaled outside of the autograd function, by autograd: so the
@@ -145,8 +146,8 @@ def _forward_torch(q, bank, exclude, target, softmax, with_output, keep):
     return top, rest, out, positive[0], weights[:-1] if keep else q.new_empty(0), tops
 
 
-def _backward_torch(q, bank, exclude, target, top, rest, g, softmax):
-    """dL/d bank [N, d], sum_b g_b w_bn q_b, for q, top and rest as in the forward; g [B] upstream."""
+def _backward_torch(q, bank, exclude, target, top, rest, positive, g, softmax):
+    """dL/d bank [N, d], sum_b g_b w_bn q_b, for q, top, rest, positive as in the forward; g [B] upstream."""
     dm = torch.empty(bank.shape, dtype=q.dtype, device=q.device)
     weighted = q * (g * (-rest).exp2() if softmax else g)[:, None]
     qt = q.T.contiguous()
@@ -155,11 +156,14 @@ def _backward_torch(q, bank, exclude, target, top, rest, g, softmax):
     for first, rows in _chunks(q, bank, size):
         tile = buffer[:len(rows) + 1]
         s = torch.mm(rows, qt, out=tile[:-1])                                              # [C, B]
+        if target is not None:
+            own = _places(target[:, None], first, len(rows))
+            tile.scatter_(0, own, positive[None])
         if exclude is not None:
             _leave_out(tile, exclude, first)
         weight = s.sub_(top).exp2_() if softmax else s.clamp_(min=0)                       # times 2^rest
         if target is not None:
-            tile.scatter_add_(0, _places(target[:, None], first, len(rows)), -rest.exp2()[None])
+            tile.scatter_add_(0, own, -rest.exp2()[None])
         torch.mm(weight, weighted, out=dm[first:first + len(rows)])
     return dm
 
@@ -279,6 +283,7 @@ if triton is not None:
             exclude,  # [B, EXCLUDE] rows of the bank, contiguous; not read if EXCLUDE is 0
             target,  # [B] rows of the bank; not read without TARGET
             top, rest,  # [B], log2 of the sums in two parts; not read without SOFTMAX
+            positive,  # [B], s of the target as the forward had it; not read without TARGET
             g,  # [B], upstream gradient
             dm,  # [N, d] out, contiguous
             B, N, d,
@@ -304,6 +309,9 @@ if triton is not None:
                 mk = _tile(bank, n, N, k, d, stride_m, stride_md, BLOCK_K)
                 qk = _tile(q, b, B, k, d, stride_q, stride_qd, BLOCK_K)
                 s += tl.dot(mk, tl.trans(qk), input_precision=PRECISION)
+            if TARGET:
+                y = tl.load(target + b, mask=b < B, other=-1)[None, :]
+                s = tl.where(n[:, None] == y, tl.load(positive + b, mask=b < B, other=0.)[None, :], s)
             for number in tl.static_range(EXCLUDE):
                 without = tl.load(exclude + b * EXCLUDE + number, mask=b < B, other=-1)
                 s = tl.where(n[:, None] == without[None, :], -float("inf"), s)
@@ -314,7 +322,6 @@ if triton is not None:
             else:
                 weight = tl.maximum(s, 0.)
             if TARGET:
-                y = tl.load(target + b, mask=b < B, other=-1)[None, :]
                 weight -= tl.where(n[:, None] == y, 1., 0.)
             weight *= tl.load(g + b, mask=b < B, other=0.)[None, :]
             qs = _tile(q, b, B, part, d, stride_q, stride_qd, SLICE)
@@ -363,7 +370,7 @@ def _forward_triton(q, bank, exclude, target, softmax, with_output):
     return top[0], total.sum(dim=0), None if out is None else out.sum(dim=0), positive
 
 
-def _backward_triton(q, bank, exclude, target, top, rest, g, softmax):
+def _backward_triton(q, bank, exclude, target, top, rest, positive, g, softmax):
     """As _backward_torch."""
     B, d = q.shape
     dm = torch.empty(bank.shape, dtype=q.dtype, device=q.device)
@@ -371,8 +378,8 @@ def _backward_triton(q, bank, exclude, target, top, rest, g, softmax):
     count = 0 if exclude is None else exclude.shape[1]
     grid = triton.cdiv(len(bank), OWN), triton.cdiv(d, tiles["SLICE"])
     with on_device(q):
-        _bank_rows[grid](q, bank, exclude, target, top, rest, g, dm, B, len(bank), d, *q.stride(),
-                         *bank.stride(), softmax, count, target is not None, **tiles)
+        _bank_rows[grid](q, bank, exclude, target, top, rest, positive, g, dm, B, len(bank), d,
+                         *q.stride(), *bank.stride(), softmax, count, target is not None, **tiles)
     return dm
 
 
@@ -419,14 +426,14 @@ def _shapes_backward(q, bank, *rest):
 
 @opaque("bank_backward", _shapes_backward)
 def _backward(q: Tensor, bank: Tensor, exclude: Tensor | None, target: Tensor | None, top: Tensor,
-              rest: Tensor, weights: Tensor, shifts: Tensor, g: Tensor, softmax: bool,
+              rest: Tensor, positive: Tensor, weights: Tensor, shifts: Tensor, g: Tensor, softmax: bool,
               use_triton: bool) -> Tensor:
     """dL/d bank [N, d] from what the forward left and g [B] upstream."""
     if use_triton:
-        return _backward_triton(q, bank, exclude, target, top, rest, g, softmax)
+        return _backward_triton(q, bank, exclude, target, top, rest, positive, g, softmax)
     if len(weights):
         return _backward_kept(q, bank, target, top, rest, g, weights, shifts)
-    return _backward_torch(q, bank, exclude, target, top, rest, g, softmax)
+    return _backward_torch(q, bank, exclude, target, top, rest, positive, g, softmax)
 
 
 # ---- Autograd ----------------------------------------------------------------------------------------------
@@ -448,7 +455,7 @@ class _BankSum(torch.autograd.Function):
             if with_output:
                 out = out - bank[target].to(q.dtype)
         # The bank, and what belongs to it, only if it is trained: else it may change before the backward.
-        kept = (q, bank, exclude, target, top, rest, weights, shifts) if trained else ()
+        kept = (q, bank, exclude, target, top, rest, positive, weights, shifts) if trained else ()
         ctx.save_for_backward(out, *kept)
         ctx.options = softmax, symmetric, use_triton
         return result

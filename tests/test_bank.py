@@ -501,6 +501,33 @@ def test_learned_pairs_cost_nothing_at_any_temperature(temperature, impl, kept, 
         assert (x.grad - other.grad).abs().max() < 1e-6 / temperature * max(true.item(), 1e-4)
 
 
+@pytest.mark.parametrize("use_triton", [False, True])
+def test_the_backward_has_the_targets_logit_from_the_forward(use_triton, unit):
+    """As on machines whose products in the backward are rounded otherwise than the forward's."""
+    bank = unit(40, 16)
+    target = torch.arange(7, device=bank.device) * 5
+    q = bank[target] / 1e-3
+    top, rest, _, positive, weights, shifts = kernels.bank._forward(q, bank, None, target, True, False, False, use_triton)
+    rounded = q * (1 + 1e-6)
+    dm = kernels.bank._backward(rounded, bank, None, target, top, rest, positive, weights, shifts, torch.ones(7, device=q.device),
+                                True, use_triton)
+    assert dm.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_target_may_be_among_the_excluded(impl, kept, unit, monkeypatch):
+    """Its logit is taken off, but not in the sum."""
+    monkeypatch.setattr(kernels.bank, "KEEP", kernels.bank.KEEP * kept)
+    q, bank = unit(5, 8).requires_grad_(), unit(9, 8, 1).requires_grad_()
+    target = torch.arange(5, device=q.device)
+    bank_cross_entropy(q, bank, target, .2, target, impl=impl).backward()
+    wide = [x.detach().double().requires_grad_() for x in (q, bank)]
+    bank_reference(*wide, .2, target, target)[1].backward()
+    for x, other in zip((q, bank), wide):
+        assert error(x.grad, other.grad) < 1e-6
+
+
 def test_torch_func_is_refused_in_a_line_and_the_reference_takes_it(unit):
     q, bank = unit(5, 4), unit(9, 4, 1)
     target = torch.arange(5, device=q.device)
