@@ -22,9 +22,8 @@ from sklearn.preprocessing import StandardScaler
 
 from kernels import few_label_accuracy, knn_accuracy
 from kernels.harness.encoder import Encoder
-from kernels.harness.images import encode, pixels
+from kernels.harness.images import encode
 from kernels.harness.reading import read_images
-from kernels.harness.views import view_for
 
 METHODS = {"VICReg": METHODS["VICReg"], "SimCLR": METHODS["SimCLR"], "SimCLR + fusion": ("ba_ssl.py", []),
            "IConE": METHODS["IConE"], "FALCON": ("falcon.py", [])}
@@ -34,8 +33,7 @@ VIEWS = {  # row of the table: options
     **{f"crops from {least} %, {'' if flips == 'on' else 'no '}flips":
        ["--views", "crops", "--crop", f"{least / 100}", "--flips", flips] for least in (8, 20, 40) for flips in ("on", "off")}}
 COLUMNS = ["k-NN", "linear", "1 a class", "5 a class", "10 a class"]
-
-
+BATCH = "128"
 
 
 def cells(seeds):
@@ -90,63 +88,38 @@ def of_run(job):
     report = run(*job)
     with np.load(folder / "features.npz") as found:
         own = [torch.from_numpy(found[f"{split}_{part}"]) for split in ("train", "test") for part in ("features", "labels")]
-    panel = report["panels"]["projector z"]
-    return whole(*own) | {"panel": panel, "verdict": report["verdict"]}
+    return whole(*own) | report
 
 
-def supervised(data, epochs, seed):
-    """The same encoder trained by cross-entropy on one view of each image, as long as a method, from random weights."""
+def of_random_encoder(data, seed):
     torch.manual_seed(seed)
-    torch.set_num_threads(1)
-    encoder = Encoder(1, 2)
-    head = torch.nn.Linear(encoder.features, 10)
-    weights = [*encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(weights, 3e-3, weight_decay=0.05)
-    steps = epochs * (len(data.images) // 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    view, generator = view_for(data.images), torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        for index in torch.randperm(len(data.images), generator=generator).split(128)[:len(data.images) // 128]:
-            x = view(pixels(data.images, index, "cpu"), generator)
-            loss = torch.nn.functional.cross_entropy(head(encoder(x)), data.labels[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return features(encoder, data)
-
-
-@torch.no_grad()
-def features(encoder, data):
-    encoder.eval()
+    encoder = Encoder(1, 2).eval()
     return whole(encode(encoder, data.images), data.labels, encode(encoder, data.test_images), data.test_labels)
 
 
 def methods(args, data):
     jobs = {}
     for seed in range(args.seeds):
+        common = ["--data", str(args.data), "--epochs", args.epochs, "--seed", str(seed)]
         for name, (script, own) in METHODS.items():
             folder = (args.out / f"{name} {args.epochs} {seed}").resolve()
-            jobs[name, seed] = folder, script, [*own, "--data", str(args.data), "--batch", "128", "--epochs", args.epochs,
-                                                "--seed", str(seed)]
+            jobs[name, seed] = folder, script, [*own, *common, "--batch", BATCH]
+        folder = (args.out / f"supervised {args.epochs} {seed}").resolve()
+        jobs["supervised encoder", seed] = folder, "tests/experiments/supervised.py", common
     found = make(jobs, of_run, args)
     print(f"| method | {' | '.join(COLUMNS)} | RankMe of z | verdict |\n{'|---' * (len(COLUMNS) + 3)}|")
     if not args.draw:
         raw = [data.images.flatten(1).float(), data.labels, data.test_images.flatten(1).float(), data.test_labels]
         print(f"| raw pixels | {cells([whole(*raw)])} | | |")
-        seeds = range(args.seeds)
-        untrained = []
-        for seed in seeds:
-            torch.manual_seed(seed)
-            untrained.append(features(Encoder(1, 2), data))
-        print(f"| random encoder | {cells(untrained)} | | |")
-        print(f"| supervised encoder | {cells([supervised(data, int(args.epochs), seed) for seed in seeds])} | | |")
-    for name in METHODS:
+        print(f"| random encoder | {cells([of_random_encoder(data, seed) for seed in range(args.seeds)])} | | |")
+    for name in ("supervised encoder", *METHODS):
         if own := of(found, name):
-            panel = own[0]["panel"]
-            rank = f"{statistics.mean(one['panel']['RankMe'] for one in own):.0f} of {panel['width']:.0f}"
-            says = {one["verdict"].split(":")[0] for one in own}
-            print(f"| {name} | {cells(own)} | {rank} | {', '.join(sorted(says))} |")
+            rank = says = ""
+            if name in METHODS:
+                panels = [one["panels"]["projector z"] for one in own]
+                rank = f"{statistics.mean(panel['RankMe'] for panel in panels):.0f} of {panels[0]['width']:.0f}"
+                says = ", ".join(sorted({one["verdict"].split(":")[0] for one in own}))
+            print(f"| {name} | {cells(own)} | {rank} | {says} |")
 
 
 def peers(args, data):
