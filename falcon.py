@@ -210,10 +210,8 @@ def loss_values(n, codes, used, beta=1., eps=1e-8, prior="reverse"):
     if prior == "none":
         return {"optimum, one code for all": optimum}
     times = "" if beta >= 1 else f"{beta:g} "
-    one_point = f"representation collapse, {times}log c"
-    few_codes = f"cluster collapse to {used} codes, {times}log(c / {used})"
-    return {one_point: most * math.log(codes),
-            few_codes: most * math.log(codes / used),
+    return {f"representation collapse, {times}log c": most * math.log(codes),
+            f"cluster collapse to {used} codes, {times}log(c / {used})": most * math.log(codes / used),
             "optimum": max(optimum, most * math.log(codes / n))}
 
 
@@ -352,8 +350,7 @@ def report_collapses(model, data, history, args, folder):
     derived = [f"{name} {value:.3g}" for name, value in values.items()]
     print(f"\ntest images: {', '.join(measured)}")
     print(f"least loss: {'; '.join(derived)}")
-    text = json.dumps({**meters, "least loss": values}, indent=1)
-    atomic_write_text(folder / "meters.json", text)
+    atomic_write_text(folder / "meters.json", json.dumps({**meters, "least loss": values}, indent=1))
     plot_meters(history, args.codes, values, z, folder)
 
 

@@ -54,8 +54,8 @@ def bank_reference(q, bank, temperature, target=None, exclude=None):
 # then. dm needs w again, tile by tile, from lse_b. With a running maximum c_b, sums and O are rescaled by
 # exp(c_old - c_new) whenever it grows; that is exact, and safe at any temperature. An excluded column has
 # s = -inf: weight 0 in both. At 1/t = 10,000 an fp32 logit is .001 wrong: so lse_b is kept as its largest
-# logit and the logarithm of the rest, and the target's logit comes from the same product, in the backward too:
-# a product made again may be rounded otherwise.
+# logit and the logarithm of the rest, and the target's logit comes from the same product, in the backward
+# too: a product made again may be rounded otherwise.
 #
 # All is done in base 2, with queries that carry log2(e)/t, since 2^x costs less than e^x: 40 % of the time on
 # CPUs, one instruction on GPUs. The queries are scaled outside of the autograd function, by autograd: so the

@@ -75,9 +75,9 @@ def filled(text):
 # ---- Options -----------------------------------------------------------------------------------------------
 def options(method, description, batch, epochs, lr, least_batch=1):
     """-> a parser, and add(...), which adds options of the method itself, in a group of their own."""
-    title, *_ = description.split("\n")
-    parser = argparse.ArgumentParser(description=title, usage="%(prog)s [options]", allow_abbrev=False,
-                                     add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description.split("\n")[0], usage="%(prog)s [options]", allow_abbrev=False,
+        add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = die
     parser.set_defaults(encoder=None, digest=None, numbers=None, method=method, version=__version__)
     add_own = parser.add_argument_group(method).add_argument
@@ -146,12 +146,11 @@ def parse(parser):
     """The options, and the checkpoint to go on from or None; a resumed run keeps its own options, but for
     --out, which is where it lies now, and --epochs, which may rise."""
     args = parser.parse_args()
-    given = {word.partition("=")[0] for word in sys.argv if word.startswith("--")}
     if args.range:
         args.range = range_of_numbers(args.range)
     if args.resume is None:
         return args, None
-    if given - {"--resume", "--epochs"}:
+    if typed() - {"--resume", "--epochs"}:
         die("--resume takes no other option but --epochs: the run keeps its own")
     epochs = args.epochs
     path = Path(args.resume, "last.pt")
@@ -176,12 +175,17 @@ def parse(parser):
                 raise ValueError(f"its --{name} {value} cannot be typed again, it would be {again}")
     except Exception as error:                           # cut short, not a checkpoint
         die(f"cannot resume {args.resume}, its last.pt does not serve ({error}): start a new run")
-    if "--epochs" in given:
+    if "--epochs" in typed():
         if not done == args.epochs < epochs:
             die(f"--epochs {epochs}: the run stands at {done} of its {args.epochs}; it can be made longer "
                 "than these once it has ended")
         args.epochs = epochs
     return argparse.Namespace(**vars(args) | not_typed), state
+
+
+def typed():
+    """Names of the options in the command."""
+    return {word.partition("=")[0] for word in sys.argv if word.startswith("--")}
 
 
 def as_typed(config):
@@ -261,7 +265,7 @@ def make_encoder(args, data):
             die(f"--init {path} has no encoder.pt of these scripts ({error}): give a finished run's folder")
         for name in ("width", "depth"):
             own = encoder.config[name]
-            if any(word.startswith(f"--{name}") for word in sys.argv) and getattr(args, name) != own:
+            if f"--{name}" in typed() and getattr(args, name) != own:
                 die(f"--init {path}: the {name} of its encoder is {own}: leave out --{name}")
         if not wanted.items() <= encoder.config.items():
             die(f"--init {path}: its encoder is {encoder.config}, but {args.data} has {wanted}")

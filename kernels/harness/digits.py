@@ -10,8 +10,10 @@ from .images import Data
 from .views import uniform, warp
 
 # How far digits turn (degrees either way), shrink and move (half canvases), and the side of their canvas.
-POSES = {2: dict(turn=30, small=0.45, large=0.75, move=0.3, side=20),
-         3: dict(turn=25, small=0.55, large=0.85, move=0.2, side=16)}
+POSES = {
+    2: dict(turn=30, small=0.45, large=0.75, move=0.3, side=20),
+    3: dict(turn=25, small=0.55, large=0.85, move=0.2, side=16)
+}
 
 
 def posed_digits(axes):
@@ -24,8 +26,7 @@ def posed_digits(axes):
     labels = digits.target
     train, test = train_test_split(range(1797), test_size=360, stratify=labels, random_state=0)
     rows = train + 4 * test
-    images = digits.images[rows, None] / 16                          # [N, 1, 8, 8]
-    x = torch.tensor(images, dtype=torch.float32)
+    x = torch.tensor(digits.images[rows, None] / 16, dtype=torch.float32)    # [N, 1, 8, 8]
     y = torch.tensor(labels[rows])
     if axes == 3:
         x = torch.stack([x, x], 2)
@@ -38,9 +39,7 @@ def posed_digits(axes):
     angles = draw(-pose["turn"], pose["turn"], planes).deg2rad()
     scale = draw(pose["small"], pose["large"])
     shift = draw(-pose["move"], pose["move"], axes)
-    sides = axes * [pose["side"]]
-    x = warp(x, angles, scale, shift, sides)
-    noise = torch.randn(x.shape, generator=generator)
-    x = x + 0.1 * noise
+    x = warp(x, angles, scale, shift, axes * [pose["side"]])
+    x += 0.1 * torch.randn(x.shape, generator=generator)
     n = len(train)
     return Data(x[:n], y[:n], x[n:], y[n:], classes=digits.target_names)

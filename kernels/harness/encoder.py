@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         for _ in range(3):
             for stride in [2] + [1] * (depth - 1):                   # 2 halves the canvas, doubles the width
                 self.stages.append(Block(conv, width, stride * width, stride))
-                width = stride * width
+                width *= stride
         # oneDNN 3.x gets the gradients of strided 1x1 convolutions, the skips', wrong, or crashes, where
         # fewer than 8 channels lie last.
         if self.features >= 128:

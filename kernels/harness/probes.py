@@ -112,13 +112,11 @@ def begin(model, data, folder):
     channels, *sides = data.images.shape[1:]
     canvas = " x ".join(map(str, sides))
     size = sum(parameter.numel() for parameter in model.parameters())
+    skipped = f", {len(data.skipped):,} files skipped (skipped.txt)" if data.skipped else ""
     if rank() == 0:
         plot_views(data, folder)
-    skipped = ""
-    if data.skipped:
-        skipped = f", {len(data.skipped):,} files skipped (skipped.txt)"
-        lines = [f"{name}: {reason}\n" for name, reason in data.skipped]
-        if rank() == 0:
+        if skipped:
+            lines = [f"{name}: {reason}\n" for name, reason in data.skipped]
             atomic_write_text(folder / "skipped.txt", "".join(lines))
     print(f"data: {len(data.images):,} train and {len(data.test_images):,} test images, {channels} "
           f"channel{'s' * (channels > 1)}, {canvas} ({len(sides)}-D), {len(data.classes) or 'no'} classes"
@@ -145,15 +143,20 @@ def probe_of_random_encoder(encoder, data):
         torch.manual_seed(0)
         random = type(encoder)(**encoder.config).to(device)
     data = limited(data)
-    h, h_test = [encode(random, x, device=device).cpu() for x in (data.images, data.test_images)]
-    return probe(data, h, h_test)
+    return probe(data, *features_of(random, data))
+
+
+def features_of(encoder, data):
+    """h [N, E] of all training and of all test images, on the CPU."""
+    device = next(encoder.parameters()).device
+    return [encode(encoder, x, device=device).cpu() for x in (data.images, data.test_images)]
 
 
 def print_table(rows):
     """{row: {column: number}}, a column as wide as its name."""
     first, *_ = rows.values()
-    shared = [name for name in first if all(name in row for row in rows.values())]
-    columns = [name for name in shared if not isinstance(first[name], list)]
+    columns = [name for name, value in first.items()
+               if not isinstance(value, list) and all(name in row for row in rows.values())]
     width = max(18, *map(len, rows))
     print(f"\n{'':{width}}", *(f"{name:>8}" for name in columns))
     for name, row in rows.items():
@@ -164,8 +167,7 @@ def save_features(encoder, data, found, folder):
     """features.npz: h of all training and test images [N, E], which files they are, labels if there are."""
     h, h_test = found.h, found.h_test
     if limited(data) is not data:                                    # examine() saw a part
-        device = next(encoder.parameters()).device
-        h, h_test = [encode(encoder, x, device=device).cpu() for x in (data.images, data.test_images)]
+        h, h_test = features_of(encoder, data)
     files, test_files = names_of(data)
     more = {"train_files": files, "test_files": test_files}
     if data.labels is not None:
