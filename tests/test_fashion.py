@@ -35,7 +35,7 @@ def test_a_subset_is_tested_on_the_images_for_testing(tmp_path):
         assert found["train_images"].max() < 200 <= found["test_images"].min()
 
 
-@pytest.mark.parametrize("part", ["views", "peers"])
+@pytest.mark.parametrize("part", ["views", "peers", "icone"])
 def test_runs_that_choose_see_nothing_else(part, tmp_path, monkeypatch):
     monkeypatch.setattr(fashion, "subset", lambda data, file, train, test, held_out=False: f"held out: {held_out}")
     seen = []

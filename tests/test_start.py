@@ -49,13 +49,14 @@ def test_a_script_prepares_threads_and_signals_before_torch_is_imported(script, 
     """A package `torch` in its place says how it finds the process, and presses Ctrl-C: an end without a traceback."""
     (tmp_path / "torch.py").write_text("""if True:
         import os, signal
-        print(os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"], flush=True)
+        print(*map(os.environ.get, ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OPENBLAS_NUM_THREADS")), flush=True)
         os.kill(os.getpid(), signal.SIGINT)
     """)
-    environment = {name: value for name, value in ONE_THREAD.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    prepared = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OPENBLAS_NUM_THREADS"
+    environment = {name: value for name, value in ONE_THREAD.items() if name not in prepared}
     done = subprocess.run([sys.executable, ROOT / script], cwd=tmp_path, capture_output=True, text=True,
                           env={**environment, "PYTHONPATH": str(tmp_path)})
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "PASSIVE 1000\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "PASSIVE 1000 1\n", "")
 
 
 def test_what_the_user_has_set_of_threads_stays(tmp_path):

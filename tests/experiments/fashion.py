@@ -3,6 +3,8 @@
     python tests/experiments/fashion.py views --data FOLDER          # which views, on a part held out from training
     python tests/experiments/fashion.py methods --data FOLDER        # all 60,000, beside a supervised encoder
     python tests/experiments/fashion.py peers --data FOLDER          # lightly's losses in the same loop; needs lightly
+    python tests/experiments/fashion.py icone --data FOLDER          # IConE's choices made otherwise, on that part
+    python tests/experiments/fashion.py many --data FOLDER           # IConE beside SimCLR on 20,000
     python tests/experiments/fashion.py subset --data FOLDER         # an .npz of 6,000 + 4,000 for the other experiments
 
 FOLDER holds the four IDX files as they are published (github.com/zalandoresearch/fashion-mnist; on Debian package
@@ -33,7 +35,12 @@ VIEWS = {  # row of the table: options
     **{f"crops from {least} %, {'' if flips == 'on' else 'no '}flips":
        ["--views", "crops", "--crop", f"{least / 100}", "--flips", flips] for least in (8, 20, 40) for flips in ("on", "off")}}
 COLUMNS = ["k-NN", "linear", "1 a class", "5 a class", "10 a class"]
-BATCH = "128"
+BATCH = "128"                                                            # of methods
+SHORT = ["--batch", "64", "--width", "8", "--epochs", "10"]              # of all else
+CHOICES = ["", "--window 0 --table-init encoder", "--table-init encoder", "--table-init normal", "--window 2000",
+           "--window 2000 --table-init encoder", "--lr 6e-3", "--weight 3", "--projector 512-128", "--bank 8192",
+           "--view-view 1", "--view-view 2", "--view-view 1 --table-init encoder",
+           "--view-view 1 --window 0 --table-init encoder"]
 
 
 def cells(seeds):
@@ -56,7 +63,7 @@ def subset(data, file, train, test, held_out=False):
 # ---- Which views -------------------------------------------------------------------------------------------
 def views(args, data):
     file = subset(data, args.out / "choice.npz", 12_000, 4_000, held_out=True)
-    common = ["--data", file, "--batch", "64", "--width", "8", "--epochs", "10"]
+    common = ["--data", file, *SHORT]
     jobs = {}
     for seed in range(args.seeds):
         for name, options in VIEWS.items():
@@ -125,7 +132,7 @@ def methods(args, data):
 def peers(args, data):
     """On the part for choices."""
     file = subset(data, args.out / "choice.npz", 12_000, 4_000, held_out=True)
-    common = ["--data", file, "--batch", "64", "--width", "8", "--epochs", "10"]
+    common = ["--data", file, *SHORT]
     jobs = {}
     for seed in range(args.seeds):
         for name in ("VICReg", "SimCLR"):
@@ -139,9 +146,40 @@ def peers(args, data):
             print(f"| {name} | {who} | {cells(own)} |")
 
 
+# ---- IConE -------------------------------------------------------------------------------------------------
+def icone(args, data):
+    file = subset(data, args.out / "choice.npz", 12_000, 4_000, held_out=True)
+    jobs = {}
+    for seed in range(args.seeds):
+        for options in CHOICES:
+            folder = (args.out / f"icone {options} {seed}").resolve()
+            jobs[options, seed] = folder, "icone.py", [*options.split(), "--data", file, *SHORT, "--seed", str(seed)]
+    probes = make(jobs, lambda job: run(*job)["probes"], args)
+    print(f"| run | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 1)}|")
+    for options in CHOICES:
+        if own := [probe["trained encoder"] for probe in of(probes, options)]:
+            print(f"| `{' '.join(['icone.py', *options.split()])}` | {cells(own)} |")
+
+
+def many(args, data):
+    """Chooses nothing."""
+    file = subset(data, args.out / "many.npz", 20_000, 10_000)
+    jobs = {}
+    for seed in range(args.seeds):
+        for name in ("IConE", "SimCLR"):
+            script, own = METHODS[name]
+            folder = (args.out / f"many {name} {seed}").resolve()
+            jobs[name, seed] = folder, script, [*own, "--data", file, *SHORT, "--seed", str(seed)]
+    probes = make(jobs, lambda job: run(*job)["probes"], args)
+    print(f"| method | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 1)}|")
+    for row, name in (("raw pixels", "SimCLR"), ("random encoder", "SimCLR"), ("IConE", "IConE"), ("SimCLR", "SimCLR")):
+        if own := [probe["trained encoder" if row == name else row] for probe in of(probes, name)]:
+            print(f"| {row} | {cells(own)} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["views", "methods", "peers", "subset"])
+    parser.add_argument("part", choices=["views", "methods", "peers", "icone", "many", "subset"])
     parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX files")
     parser.add_argument("--epochs", default="10", help="of methods")
     parser.add_argument("--seeds", type=int, default=3)
@@ -151,7 +189,7 @@ def main():
     if args.part == "subset":
         print(subset(data, args.out / "fashion.npz", 6_000, 4_000))
         return
-    dict(views=views, methods=methods, peers=peers)[args.part](args, data)
+    dict(views=views, methods=methods, peers=peers, icone=icone, many=many)[args.part](args, data)
 
 
 if __name__ == "__main__":
