@@ -1,4 +1,4 @@
-"""IConE: learnable instance embeddings, kept apart over the whole data set; trains at batch size 1.
+"""IConE: learnable instance embeddings, kept apart by a diversity objective; trains at batch size 1.
 
 After Almpanakis, Kreshuk, arXiv 2603.15263 (2026). THIS IS A RECONSTRUCTION: only the abstract was at hand,
 all else is our reading. Each image i owns a row u_i of unit length in a table. Its views z, brought to that
@@ -45,7 +45,7 @@ from kernels import bank_logsumexp, bank_repulsion, unit_rows
 from kernels.harness.cli import (bounded, layer_sizes_or_none, load_data, make_encoder, open_folder, options,
                                  parse)
 from kernels.harness.encoder import Encoder                          # to be found here too
-from kernels.harness.images import in_parts, pixels
+from kernels.harness.images import fixed_order, in_parts, pixels
 from kernels.harness.order import through_window
 from kernels.harness.probes import begin, quick_probe, report
 from kernels.harness.processes import gather, launch
@@ -95,7 +95,7 @@ def crowding(rows, bank, exclude, diversity="logsumexp", temperature=0.2):
 def column_to_exclude(places, index):
     """The column that each image of index [B] skips in a bank, made of the rows at sorted places [M].
 
-    It is its own row if that was drawn, else the last (any would do), so that M - 1 rows push each image.
+    It is its own row if that is there, else the last (any would do), so that M - 1 rows push each image.
     """
     last = len(places) - 1
     column = torch.searchsorted(places, index).clamp(max=last)
@@ -139,7 +139,8 @@ class IConE(nn.Module):
         self.weight = weight
         self.view_view = view_view
         self.table_lr = table_lr
-        self.register_buffer("visited", torch.arange(bank) % count)  # image numbers, the latest at the end
+        # Image numbers, the latest at the end; before there are visits, any.
+        self.register_buffer("visited", fixed_order(count)[torch.arange(bank) % count])
         # Of the step under way: the rows that its batches took, whose gradient step() reads.
         self.taken = []                                              # (index [B], rows [B, D]) of each batch
 
@@ -172,7 +173,7 @@ class IConE(nn.Module):
         return F.normalize(rows)
 
     def forward(self, view1, view2, index, renew=False):
-        """renew: rows "visit" of images not visited before start at the mean of their views' embeddings."""
+        """renew: with table_init "visit", rows of images not visited before start at their views' mean."""
         views = torch.cat([view1, view2])                            # [2B, C, *S]
         h1, h2 = self.encoder(views).chunk(2)
         h = torch.cat([gather(h1), gather(h2)])                      # [2B, E]
@@ -213,7 +214,7 @@ def learning_rate(step, steps, batch):
     """What to multiply --lr with: a linear rise to the peak in the first tenth, then half a cosine to 0.
 
     The peak follows sqrt(batch), which keeps the noise of Adam's steps alike (arXiv 2205.10287); it is 1 at
-    128 images a step, where --lr was chosen.
+    128 images a step.
     """
     peak = math.sqrt(batch / 128)
     warmup = max(1, steps // 10)

@@ -90,7 +90,7 @@ def learning_rate(step, steps, batch):
     """What to multiply --lr with: a linear rise to the peak in the first tenth, then half a cosine to 0.
 
     The peak follows sqrt(batch), which keeps the noise of Adam's steps alike (arXiv 2205.10287); it is 1 at
-    128 images a step, where --lr was chosen.
+    128 images a step.
     """
     peak = math.sqrt(batch / 128)
     warmup = max(1, steps // 10)

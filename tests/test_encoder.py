@@ -101,6 +101,16 @@ def test_another_backbone_takes_the_encoders_place(tmp_path):
     (tmp_path / "torchvision.py").write_text(TORCHVISION)
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     COLOURED(tmp_path)
-    done = forked(tmp_path / "vicreg.py", SMALL.split(), tmp_path)
+    for _ in range(2):
+        done = forked(tmp_path / "vicreg.py", SMALL.split(), tmp_path)
+        assert done.returncode == 0, done.stderr
+    first, second = (tmp_path / "runs" / f"vicreg-{number}" for number in (1, 2))
+    assert np.load(first / "features.npz")["train_features"].shape == (40, 512)
+    assert (first / "metrics.jsonl").read_text() == (second / "metrics.jsonl").read_text()         # of one seed
+
+    before = (first / "metrics.jsonl").read_text()
+    longer = str(len(before.splitlines()) + 1)
+    done = forked(tmp_path / "vicreg.py", ["--resume", "runs/vicreg-1", "--epochs", longer], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert np.load(tmp_path / "runs" / "vicreg-1" / "features.npz")["train_features"].shape == (40, 512)
+    after = (first / "metrics.jsonl").read_text()
+    assert after.startswith(before) and len(after.splitlines()) == int(longer)

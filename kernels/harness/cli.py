@@ -114,8 +114,8 @@ def options(method, description, batch, epochs, lr, least_batch=1):
     add("--batch", type=bounded(int, least_batch), default=batch,
         help="images at a time; what is left over after the last step is dropped")
     add("--epochs", type=count, default=epochs,
-        help="passes over the training images; where a run that has ended is resumed more of them: the "
-        "learning rate rises and falls once more")
+        help="in each as many images are seen as there are for training; where a run that has ended is "
+        "resumed more of them: the learning rate rises and falls once more")
     add("--accumulate", type=count, default=1, help="batches whose gradients are averaged for one step")
     add("--lr", type=bounded(float, 0), default=lr,
         help="peak learning rate of AdamW is this x sqrt(batch x accumulate / 128)")
@@ -164,7 +164,8 @@ def parse(parser):
             raise ValueError(f"it is of {whose[0] or 'an earlier layout'}, version {whose[1]}; this is "
                              f"{args.method}, version {args.version}")
         not_typed = {name: config.pop(name) for name in NOT_TYPED}
-        Encoder(**not_typed["encoder"])
+        if not_typed["encoder"]:                         # else the script has a backbone of its own
+            Encoder(**not_typed["encoder"])
         config["out"] = args.resume
         done, _ = len(state["history"]), state["cycles"]
         args = parser.parse_args(as_typed(config))       # checks a file's options as those of a person
@@ -244,13 +245,13 @@ def load_data(args):
         die(f"cannot resume: {args.data} holds other images than those this run began with")
     args.digest = found
     args.numbers = data.numbers
+    torch.manual_seed(args.seed)                                     # what comes next has random weights
     return data
 
 
 def make_encoder(args, data):
-    """An Encoder for these images, new or that of --init, after the seed is set; ends the program if it
-    does not fit them. Its `origin` is what a table calls it before it is trained."""
-    torch.manual_seed(args.seed)
+    """An Encoder for these images, new or that of --init; ends the program if it does not fit them. Its
+    `origin` is what a table calls it before it is trained."""
     channels, *sides = data.images.shape[1:]
     wanted = dict(channels=channels, axes=len(sides))
     if args.encoder:                                                 # a resumed run: its weights come later

@@ -113,6 +113,7 @@ def methods(args, data):
             jobs[name, seed] = folder, script, [*own, *common, "--batch", BATCH]
         folder = (args.out / f"supervised {args.epochs} {seed}").resolve()
         jobs["supervised encoder", seed] = folder, "tests/experiments/supervised.py", common
+    jobs = {key: job for key, job in jobs.items() if key[0] in args.only}
     found = make(jobs, of_run, args)
     print(f"| method | {' | '.join(COLUMNS)} | RankMe of z | verdict |\n{'|---' * (len(COLUMNS) + 3)}|")
     if not args.draw:
@@ -183,6 +184,7 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX files")
     parser.add_argument("--epochs", default="10", help="of methods")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=["supervised encoder", *METHODS], help="of methods: these, by name")
     args = options_of_all(parser, "fashion")
     args.data = args.data.resolve()
     data = read_images(args.data)
