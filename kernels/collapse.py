@@ -312,6 +312,7 @@ VIEW_RATIO = 0.8           # above this an embedding says next to nothing of its
 SHRUNK = 0.3               # raw std below this share of the untrained network's: training has shrunk it
 SHRUNK_VIEW_RATIO = 0.45   # takes VIEW_RATIO's place where training has shrunk it
 THINNER = 0.5              # participation or RankMe below this share of the untrained network's: narrower
+FALLEN = 0.2               # participation below this share of the untrained network's: no collapse, but said
 POINTED = 0.9              # mean cosine above this: images have one direction in common, and little beside it
 POINT = 0.05               # of the images at one point: more are no accident of the data
 DISTINCT = 0.25            # share of distinct embeddings: fewer are not
@@ -362,9 +363,12 @@ def _as_before(panel, untrained):
     return all(abs(panel[name] - untrained[name]) <= 0.1 * abs(untrained[name]) for name in names)
 
 
-def _remarks(panel):
+def _remarks(panel, untrained=None):
     """What else is to be known, in words that end a sentence."""
     remarks = ""
+    if untrained and panel["participation"] < FALLEN * untrained["participation"]:
+        share = panel["participation"] / untrained["participation"]
+        remarks += f"; participation has fallen to {share:.2f} of the untrained network's"
     if panel["cosine"] > POINTED:
         remarks += f"; the mean cosine of two images is {panel['cosine']:.3f}"
     if panel.get("dead"):
@@ -445,7 +449,7 @@ def verdict(panel, untrained=None):
     if untrained and "view ratio" in untrained and _as_before(panel, untrained):
         return f"NOTHING LEARNT YET: {seen}, and all measures are within a tenth of those before training."
     ranks = f"participation is {panel['participation']:.1f} and RankMe {panel['RankMe']:.0f}"
-    return f"No collapse: {seen}, {ranks} of at most {most}{_remarks(panel)}."
+    return f"No collapse: {seen}, {ranks} of at most {most}{_remarks(panel, untrained)}."
 
 
 class CollapseWatch:

@@ -275,6 +275,17 @@ def test_the_sentence_says_how_much_and_where(name, words):
     assert words in sentence_of(name), sentence_of(name)
 
 
+def test_few_dimensions_that_are_no_collapse_yet_are_said_beside_those_before_training():
+    """Of 64 dimensions alike before, and after with variances that halve: participation 3; then of 64 like before."""
+    before, noise = white(500, 64), 1e-3 * white(500, 64, 1)
+    halving = white(500, 64, 2) * 2 ** (-torch.arange(64.) / 2)
+    for after, said in ((halving, True), (white(500, 64, 3), False)):
+        panel, untrained = collapse_panel(after, after, after + noise), collapse_panel(before, before, before + 2 * noise)
+        sentence = verdict(panel, untrained)
+        assert sentence.startswith("No collapse")
+        assert ("participation has fallen to 0.05 of the untrained network's" in sentence) == said, sentence
+
+
 def test_all_positive_features_have_the_mean_cosine_that_the_table_says():
     assert collapse_panel(positive())["cosine"] == pytest.approx(0.97, abs=0.005)
 
