@@ -89,7 +89,7 @@ class FALCON(nn.Module):
 
     dictionary: a FixedDictionary or one of those below, as wide as the projector's last layer. batch: images
     of a view, n. norm: l2 or tanh. prior: reverse, forward or none, which only logs it. temperature: over the
-    derived one. ValueError if the widths differ.
+    derived one. ValueError if the widths differ, or for another norm.
     """
 
     def __init__(self, encoder, features, dictionary, batch, projector=(128,), norm="l2", prior="reverse",
@@ -98,6 +98,8 @@ class FALCON(nn.Module):
         f = projector[-1]
         if dictionary.width != f:
             raise ValueError(f"codes of {dictionary.width} numbers for embeddings of {f}: they must agree")
+        if norm not in ("l2", "tanh"):
+            raise ValueError(f"norm {norm!r} is neither l2 nor tanh")
         final = nn.Tanh() if norm == "tanh" else Sphere(math.sqrt(f / batch))
         self.encoder = encoder
         self.projector = projection_head(features, projector, final)

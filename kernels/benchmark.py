@@ -292,26 +292,28 @@ def dictionary_case(n, c, f, device, impls):
     return Case(f"{n}, {c}, {f}", views, (True, True), forms, "emsansone/CPLearn", 8 * n * c * f, c * f)
 
 
-def feature_cases(n, d):
+def feature_cases(n, d, device):
     """k-NN accuracy of 10,000 features beside N others, and up to 10,000 the panel's numbers of all pairs."""
     generator = torch.Generator().manual_seed(0)
     y, y_test = torch.randint(10, (n + 10_000,), generator=generator).split([n, 10_000])
     centres = torch.randn(10, d, generator=generator)
     h, h_test = (
-        centres[labels] + 2 * torch.randn(len(labels), d, generator=generator)
+        (centres[labels] + 2 * torch.randn(len(labels), d, generator=generator)).to(device)
         for labels in (y, y_test))
+    y, y_test = y.to(device), y_test.to(device)
 
     def ours(h, h_test):
         return torch.tensor(knn_accuracy(h, y, h_test, y_test), dtype=torch.float64)
 
     knn = {"textbook": partial(plain_knn, y=y, y_test=y_test), "torch": ours}
-    if installed("faiss"):
+    on_cpu = torch.device(device).type == "cpu"                      # others' forms are
+    if on_cpu and installed("faiss"):
         knn["faiss"] = partial(faiss_knn, y=y, y_test=y_test)
     yield Case(f"{n}, {d} k-NN of 10,000", (h, h_test), (False, False), knn, "textbook", 2 * 10_000 * n * d,
                4 * (n + 10_000) * d)
     if n <= 10_000:
         twonn = {"textbook": plain_twonn, "torch": lambda z: _twonn(_two_nearest(_Rows(z)))}
-        if installed("sklearn"):
+        if on_cpu and installed("sklearn"):
             twonn["scikit-learn"] = scikit_twonn
         yield Case(f"{n}, {d} TwoNN", (h,), (False,), twonn, "textbook", 2 * n * n * d, 4 * n * d)
         uniformity = {"textbook": plain_uniformity, "torch": lambda z: _uniformity(_Rows(z))}
@@ -334,7 +336,7 @@ def cases_of(kernel, sizes, device):
     impls = kernels_here(device)
     for size in sizes:
         if kernel == "features":
-            yield from feature_cases(*size)
+            yield from feature_cases(*size, device)
         elif kernel == "covariance":
             yield covariance_case(*size, device, impls)
         elif kernel == "bank":

@@ -28,6 +28,8 @@ from .launch import (INTERPRETED, check_temperature, on_device, opaque, pick, pr
 # ---- Reference: the specification --------------------------------------------------------------------------
 def dictionary_reference(h1, h2, W, temperature, prior="reverse"):
     """prior and cross-entropy with n x c in memory, by autograd; W [c, f] may be any dictionary."""
+    if prior not in ("reverse", "forward"):
+        raise ValueError(f"prior {prior!r} is neither reverse nor forward")
     n, c = len(h1), len(W)
     priors, logs = [], []
     for h in (h1, h2):

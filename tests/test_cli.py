@@ -39,6 +39,15 @@ def test_help_explains_every_option_with_its_default(run):
     assert run.stdout.count("(default:") >= 12
 
 
+@command("--loss vicreg --help; --recipe released --help", scripts=["ba_ssl.py", "falcon.py"])
+def test_help_has_the_defaults_that_another_option_sets(run):
+    loss, recipe = [" ".join(done.stdout.split()) for done in run.done]
+    if run.script == "ba_ssl.py":
+        assert "projector PROJECTOR sizes of its layers; icone: none (default: [512, 512])" in loss
+    else:
+        assert "size of the dictionary (default: 16384)" in recipe
+
+
 @command(f"{SMALL} --batch 1", scripts=["vicreg.py", "falcon.py", "ba_ssl.py"])
 def test_the_others_refuse_one_image_at_a_time(run):
     assert run.returncode == 2

@@ -44,6 +44,15 @@ def test_a_run_that_has_not_ended_and_other_images(runs):
     assert "note: these runs were trained on different images" in done.stdout
 
 
+def test_runs_that_have_not_ended_an_epoch(runs):
+    for name in ("run", "other"):
+        (runs / name / "report.json").unlink()
+        (runs / name / "metrics.jsonl").write_text("")
+    done = run_compare(runs, "run", "other")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("no picture: no run has ended an epoch yet") and not (runs / "compare.png").exists()
+
+
 def test_a_run_beside_itself(runs):
     shutil.copytree(runs / "run", runs / "copy")
     assert "no options differ" in run_compare(runs, "run", "copy").stdout

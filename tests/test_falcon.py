@@ -173,6 +173,15 @@ def test_codes_must_be_as_wide_as_embeddings():
         falcon.FALCON(falcon.Encoder(1, 2, width=2), 16, falcon.FixedDictionary(40, 8), 8, projector=(12,))
 
 
+@pytest.mark.parametrize("kind", ["fixed", "learned"])
+def test_another_norm_or_prior_is_refused(kind):
+    parts = falcon.Encoder(1, 2, width=2), 16, falcon.make_dictionary(kind, 40, 8, 8), 8, (8,)
+    with pytest.raises(ValueError, match="norm 'L2' is neither l2 nor tanh"):
+        falcon.FALCON(*parts, norm="L2")
+    with pytest.raises(ValueError, match="prior"):
+        falcon.FALCON(*parts, prior="uniform")(images(), images(seed=1))
+
+
 @pytest.mark.parametrize("progress, rise, beta", [(.25, 1, .5), (.25, .5, 1), (.5, .5, 2), (.75, .5, 2), (1, 1, 2), (.1, 0, 2)])
 def test_beta_rises_from_0_over_a_part_of_the_run(progress, rise, beta):
     assert falcon.beta_at(progress, beta=2., rise=rise) == pytest.approx(beta)

@@ -53,6 +53,11 @@ def place(tmp_path_factory):
     lines = [f"{k}.png," + ",".join(map(str, row)) for k, row in enumerate(z)]
     (folder / "z.csv").write_text("\n".join(["file," + ",".join(map(str, range(24))), *lines]) + "\n")
     (folder / "plain.csv").write_text("\n".join(",".join(map(str, row)) for row in z) + "\n")
+    for name, header in (("cats", ""), ("named", ",".join(map(str, range(24))) + ",class\n")):
+        (folder / f"{name}.csv").write_text(header + "\n".join(",".join(map(str, row)) + ",cat" for row in z) + "\n")
+    nan[:] = 1
+    nan[17, 3] = np.nan
+    np.save(folder / "nan and one point.npy", nan)
     np.save(folder / "images.npy", np.zeros((5, 8, 8), np.float32))
     np.save(folder / "objects.npy", np.array([{}, []], dtype=object))
     np.save(folder / "few.npy", z[:3])
@@ -78,6 +83,18 @@ def test_one_command_one_sentence_and_an_exit_code(place, arguments, code, words
     last = done.stdout.strip().splitlines()[-1]
     assert done.returncode == code and words in last, done.stderr or done.stdout
     assert "participation" in done.stdout and "samples" in done.stdout
+
+
+def test_a_part_not_finite_and_the_rest_collapsed_is_collapsed(place):
+    done = run(place, "nan and one point.npy")
+    assert done.returncode == 3 and "The rest: COLLAPSED: all embeddings are equal" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("name", ["cats.csv", "named.csv", "z.csv", "plain.csv"])
+def test_a_table_has_all_of_its_rows_named_or_not(place, name):
+    done = run(place, name, "--labels", "labels.npy")
+    samples, = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("samples")]
+    assert samples == "400", done.stderr
 
 
 @pytest.mark.parametrize("name", ["z.npy", "line.npy", "nan.npy"])

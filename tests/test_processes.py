@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from kernels.harness.files import load_checkpoint
+from kernels.harness import processes
 from kernels.harness.processes import all_gather_object, data_parallel, local_slice
 from scripts import ALL, SMALL, children, forked, saved, small_arrays, torchrun, until_it_trains
 from small import small_model
@@ -235,3 +236,12 @@ def test_a_kill_at_any_moment_loses_nothing(script, count, moment, uninterrupted
         assert all(np.array_equal(a, b) for a, b in zip(numbers, numbers_again))
     for a, b in zip(numbers, numbers_again):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("count, begin", [(1, "python"), (2, "torchrun --standalone --nproc_per_node=2")])
+def test_a_signal_says_how_to_go_on_with_as_many_processes(count, begin, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "world_size", lambda: count)
+    monkeypatch.setattr(processes.sys, "argv", ["ba_ssl.py"])
+    with pytest.raises(SystemExit):
+        processes.end_by_signal(signal.SIGTERM, "runs/one")
+    assert capsys.readouterr().err.endswith(f"go on with: {begin} ba_ssl.py --resume runs/one\n")

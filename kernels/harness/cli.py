@@ -138,13 +138,15 @@ def options(method, description, batch, epochs, lr, least_batch=1):
     add("--save-minutes", type=bounded(float, 0), default=10.,
         help="a checkpoint within an epoch is no older than this; after an epoch, where it is cheap, too")
     add("--resume", type=filled, help="folder of a run to continue, with its own options; epochs may rise")
-    add("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
     return parser, add_own
 
 
 def parse(parser):
     """The options, and the checkpoint to go on from or None; a resumed run keeps its own options, but for
     --out, which is where it lies now, and --epochs, which may rise."""
+    # Not before: a script may look at its options first, and set defaults by them.
+    show = parser.add_argument_group("help").add_argument
+    show("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
     args = parser.parse_args()
     if args.range:
         args.range = range_of_numbers(args.range)

@@ -19,6 +19,7 @@ from .files import atomic_write
 
 HEALTHY, COLLAPSED, UNKNOWN, MISTAKE = 0, 3, 4, 2
 TRIED = "embeddings", "features", "z", "h", "test_features", "train_features"      # keys, in this order
+COLUMNS = "file", "files", "name", "id", "label", "labels", "class", "classes", "target", "y"     # of words
 SHOWN = 5000                                             # rows in the picture
 
 
@@ -92,10 +93,11 @@ def read_table(path):
         except ValueError:
             return None
 
-    named = bool(lines) and len(lines) > 1 and None in map(number, lines[0][-1:])
-    # Names of columns may be numbers (0, 1, ...), as kernels.embed writes them: then the first is a word.
-    named = named or (len(lines) > 1 and number(lines[0][0]) is None and number(lines[1][0]) is None
-                      and lines[0][0] in ("file", "files", "name", "id"))
+    # Names: words above numbers, or, where the others are numbers (0, 1, ...) as kernels.embed writes them, one
+    # of these words above words.
+    named = len(lines) > 1 and any(
+        number(above) is None and (number(below) is not None or above.strip().lower() in COLUMNS)
+        for above, below in zip(*lines[:2]))
     rows = lines[named:]
     if not rows or len({len(row) for row in rows}) != 1:
         raise ValueError(f"{path} is no table of rows of one length")
@@ -173,9 +175,11 @@ def plot(z, path, sentence):
 
 # ---- The command -------------------------------------------------------------------------------------------
 def code_of(sentence):
+    """Of a sentence of verdict(); where a part is not finite and the rest has collapsed, that of the rest."""
     if sentence.startswith("No collapse"):
         return HEALTHY
-    return COLLAPSED if "COLLAPSE" in sentence.split(":")[0] else UNKNOWN
+    _, _, rest = sentence.partition("The rest: ")
+    return COLLAPSED if "COLLAPSE" in (rest or sentence).split(":")[0] else UNKNOWN
 
 
 def in_words(value):
@@ -184,9 +188,8 @@ def in_words(value):
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 
-def panel_of(name, views, key, labels=None):
-    sets = [as_floats(read(path, key), path) for path in (name, *views)]
-    return sets[0], collapse_panel(*sets, labels=labels)
+def embeddings(names, key):
+    return [as_floats(read(name, key), name) for name in names]
 
 
 def main():
@@ -210,14 +213,16 @@ def main():
     if args.before_views and not (args.before and args.views):
         refuse("--before-views is for --before and --views")
     try:
+        z, *views = embeddings([args.file, *args.views], args.key)
         labels = names = None
         if args.labels:
-            count = len(read(args.file, args.key))
-            labels, names = read_labels(args.labels, args.labels_key, count)
-        z, panel = panel_of(args.file, args.views, args.key, labels)
+            labels, names = read_labels(args.labels, args.labels_key, len(z))
+        panel = collapse_panel(z, *views, labels=labels)
         if names is not None:
             panel["classes at one point"] = [str(names[k]) for k in panel.get("classes at one point", [])]
-        before = panel_of(args.before, args.before_views, args.key)[1] if args.before else None
+        before = None
+        if args.before:
+            before = collapse_panel(*embeddings([args.before, *args.before_views], args.key))
         sentence = verdict(panel, before)
         for name, value in panel.items():
             earlier = f"   before {in_words(before[name])}" if before and name in before else ""

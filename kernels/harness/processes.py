@@ -159,7 +159,9 @@ def end_by_signal(number, folder=None):
         sys.exit(128 + number)
     what_stands = "before there was a checkpoint: nothing is lost, give the same command again"
     if folder:
-        resume = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
+        several = f"torchrun --standalone --nproc_per_node={world_size()}"
+        begin = several if world_size() > 1 else "python"
+        resume = f"{begin} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
         what_stands = f"what was saved stands, go on with: {resume}"
     mark = "; " if folder else " "
     die(f"ended by {signal.Signals(number).name}{mark}{what_stands}", 128 + number)
