@@ -596,7 +596,8 @@ def decay_rate(z, times, K):
 
 
 def moments(lr, longest):
-    """Times of lines, and of points, which are whole steps of gradient descent, at most 12,000."""
+    """Times of lines, and of points, which are whole steps of gradient descent: at most 12,000, or until .1
+    where that is later."""
     first = max(1, .1 / lr)
     last = min(longest / lr, 12_000)
     points = lr * np.unique(np.geomspace(first, last, 22).round())

@@ -553,7 +553,8 @@ def _apply(q, bank, temperature, exclude, target, softmax, impl):
 
 # ---- Public ------------------------------------------------------------------------------------------------
 def unit_rows(x):
-    """Rows of x [N, d] at length 1, in fp32 or finer; rows shorter than 1e-12 become 0 and get gradient 0.
+    """Rows of x [N, d] at length 1, in fp32 or finer; rows shorter than 1e-12 become 0 and get gradient 0
+    (those whose squares overflow, from 1e19 in fp32 on, become 0 too).
 
     F.normalize divides these by 1e-12, and their gradients with them: one blank image can end a run.
     """

@@ -381,12 +381,13 @@ def _remarks(panel, untrained=None):
 def verdict(panel, untrained=None):
     """One sentence from a collapse_panel: which collapse, by which criterion, its value and its bound.
 
-    COLLAPSED               all images at one point; or a view ratio near 1 and embeddings that training has
-                            made narrower, or on a line; or a ratio near 1/2 and embeddings that it has shrunk
+    COLLAPSED               all images at one point; or a view ratio near 1 and embeddings in few dimensions
+                            that training has made narrower; or a ratio near 1/2 and embeddings that it has
+                            shrunk; "or not trained yet" for a ratio near 1 where there is no `untrained`
     DIMENSIONAL COLLAPSE    embeddings know their images, but on a line or in few dimensions
     PARTIAL COLLAPSE        a part of the images at one point, most of them equal to others, or a class
-    NOT SPREAD YET          as blind to its image as before training, but no narrower; or in few dimensions
-                            beside one that all share, but not shrunk by training
+    NOT SPREAD YET          blind to its image, but no narrower than before training, or narrower and still
+                            in many dimensions; or in few dimensions beside one that all share, not shrunk
     NOTHING LEARNT YET      views, spread and ranks are within a tenth of those before training
     CANNOT TELL             without views: spread, which noise would be, too; of width 1
     No collapse             none of these

@@ -93,7 +93,7 @@ def options(method, description, batch, epochs, lr, least_batch=1):
         help="how an image comes to the canvas: its middle, all within a border, or out of shape")
     add("--range", nargs="+", metavar=("LOW", "HIGH"),
         help="numbers in the files that become black and white, or dtype: all that their kind holds; not "
-        "given: 0 to 255 for uint8, the 0.1 and 99.9 percentiles of the set for all else")
+        "given: 0 to 255, 0 to 1, or the 0.1 and 99.9 percentiles of the set, by what the files hold")
     add("--pages", default="auto", choices=["auto", "first", "channels", "volume"],
         help="of a TIFF whose pages are not said to be channels; auto: first")
     add("--channels-last", action="store_true", help="arrays [N, H, W, C] are images of C bands, not volumes")

@@ -93,8 +93,8 @@ def read_table(path):
         except ValueError:
             return None
 
-    # Names: words above numbers, or, where the others are numbers (0, 1, ...) as kernels.embed writes them, one
-    # of these words above words.
+    # Names: words above numbers; or, where the others are numbers (0, 1, ...) as kernels.embed writes them,
+    # one of these words above words.
     named = len(lines) > 1 and any(
         number(above) is None and (number(below) is not None or above.strip().lower() in COLUMNS)
         for above, below in zip(*lines[:2]))
