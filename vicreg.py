@@ -13,7 +13,7 @@ deviation of every dimension near 1, c keeps different dimensions from saying th
     python vicreg.py --variance 0                       # collapse, and how the panel shows it
 
 Expect k-NN accuracy 0.860 ± 0.010 and linear 0.885 ± 0.012 (mean ± std, 3 seeds; raw pixels 0.593, 0.169;
-random encoder 0.307 ± 0.042, 0.222 ± 0.018) in 52 to 124 s on 2 cores of an AMD EPYC with torch 2.13.0.
+random encoder 0.307 ± 0.042, 0.222 ± 0.018) in 34 to 124 s on 2 cores of an AMD EPYC with torch 2.13.0.
 
 Deviations from the paper: (1) s is divided by D and v halved, as in the released code. (2) Small encoder with
 GroupNorm, projector of two layers of 512 (paper: ResNet-50, three of 8192). (3) AdamW, cosine schedule,
