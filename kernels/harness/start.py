@@ -15,7 +15,7 @@ from .sources import problem
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # OpenMP reads both when torch loads it: threads that
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")          # wait would keep other programs from working
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")       # numpy's: for linear probes two threads take 2 to 20
-                                                         # times as long as one, beside another program 100
+                                                         # times as long as one, where all cores are busy 100
 signal.signal(signal.SIGINT, signal.SIG_DFL)             # while packages load: no traceback
 
 names = []                                               # given twice, the last one counts
