@@ -379,8 +379,7 @@ def main():
     add("--mixing", default="conv", choices=["conv", "random", "grouped", "mixup"],
         help="conv: learned; controls: random, never trained; grouped, own image alone; mixup, one other")
     add("--both", action="store_true", help="fuse both views; otherwise a fused view meets a clean one")
-    add("--keep-slots", action="store_true", help="images keep their channels in all calls: with --both a "
-        "shortcut")
+    add("--keep-slots", action="store_true", help="images keep their channels: with --both a shortcut")
     add("--temperature", type=bounded(float, 1e-3), default=0.2, help="of NT-Xent")
     # It decides the defaults of others, so it is read before them; what it does not know parse() refuses.
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].loss])

@@ -283,8 +283,8 @@ def mixture_entropy(z, components, samples):
     [0, 1] and pads them with zeros to 2048 dimensions, starts from k-means, takes 10 times 10,000 samples and
     does not divide by f: its values are others, only their order between runs can be compared.
     """
-    start = "random_from_data"
-    mixture = GaussianMixture(components, covariance_type="diag", init_params=start, random_state=0)
+    mixture = GaussianMixture(components, covariance_type="diag", init_params="random_from_data",
+                              random_state=0)
     mixture.fit(z.numpy())
     drawn, _ = mixture.sample(samples)
     log_density = mixture.score_samples(drawn)

@@ -145,8 +145,8 @@ def parse(parser):
     """The options, and the checkpoint to go on from or None; a resumed run keeps its own options, but for
     --out, which is where it lies now, and --epochs, which may rise."""
     # Not before: a script may look at its options first, and set defaults by them.
-    show = parser.add_argument_group("help").add_argument
-    show("-h", "--help", action="help", default=argparse.SUPPRESS, help="show this and exit")
+    parser.add_argument_group("help").add_argument("-h", "--help", action="help", default=argparse.SUPPRESS,
+                                                   help="show this and exit")
     args = parser.parse_args()
     if args.range:
         args.range = range_of_numbers(args.range)

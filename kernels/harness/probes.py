@@ -50,8 +50,9 @@ def probe(data, h, h_test):
     if data.labels is None:
         return {}
     names = "k-NN", "linear", "1 a class", "5 a class", "10 a class"
-    if not finite(h, h_test) or len(data.labels.unique()) < 2:
-        print("note: features are not finite, or of one class alone: no probes")
+    wrong = "of one class" if len(data.labels.unique()) < 2 else "not finite" * (not finite(h, h_test))
+    if wrong:
+        print(f"note: features are {wrong}: no probes")
         return dict.fromkeys(names, math.nan)
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     with warnings.catch_warnings():

@@ -207,8 +207,7 @@ class Run:
             if self.cycles != state["cycles"]:                       # longer: not the rate of its end
                 schedule.last_epoch -= 1
                 schedule.step()
-            steps = schedule.last_epoch
-            if steps != self.steps_done():
-                raise ValueError(f"steps {self.steps_done()} and {steps}")
+            if schedule.last_epoch != self.steps_done():
+                raise ValueError(f"steps {self.steps_done()} and {schedule.last_epoch}")
         except Exception as error:                                   # parts missing, of other shapes
             die(f"cannot resume {self.folder}, its last.pt does not fit ({error}): start a new run")
