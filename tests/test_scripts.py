@@ -73,6 +73,7 @@ def test_colour_images_in_mixed_precision(run):
 def test_volumes(run):
     assert run.out().exists()
     assert "trained encoder" in run.stdout
+    assert ("note: --epochs 3: IConE learns little" in run.stdout) == (run.script == "icone.py")
 
 
 @command(SMALL, scripts=["vicreg.py", "falcon.py", "ba_ssl.py"],

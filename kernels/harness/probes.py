@@ -114,7 +114,7 @@ def begin(model, data, folder):
     canvas = " x ".join(map(str, sides))
     size = sum(parameter.numel() for parameter in model.parameters())
     skipped = f", {len(data.skipped):,} files skipped (skipped.txt)" if data.skipped else ""
-    if rank() == 0:
+    if not rank():
         plot_views(data, folder)
         if skipped:
             lines = [f"{name}: {reason}\n" for name, reason in data.skipped]

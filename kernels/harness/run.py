@@ -177,7 +177,7 @@ class Run:
             self.write_checkpoint()
             self.cost = time.perf_counter() - begun
             self.saved = time.monotonic()
-        if rank() == 0:
+        if not rank():
             lines = [f"{json.dumps(line)}\n" for line in self.history]
             atomic_write_text(self.folder / "metrics.jsonl", "".join(lines))
 
@@ -187,7 +187,7 @@ class Run:
         state.update(config=vars(self.args), cycles=self.cycles, history=self.history, order=self.order,
                      done=self.done, sums=self.sums, torch_rng=torch.get_rng_state(),
                      generators=all_gather_object(self.generator.get_state()))
-        if rank() == 0:
+        if not rank():
             with atomic_write(self.folder / "last.pt") as file:
                 torch.save(state, file)
 
@@ -200,8 +200,8 @@ class Run:
             torch.set_rng_state(state["torch_rng"])                  # what models themselves draw, on the CPU
             if rank() < len(state["generators"]):
                 self.generator.set_state(state["generators"][rank()])
-            self.history, self.order, self.done, self.sums = [
-                state[name] for name in ("history", "order", "done", "sums")]
+            for name in ("history", "order", "done", "sums"):
+                setattr(self, name, state[name])
             self.batches = self.done * self.args.accumulate
             schedule = self.parts["schedule"]
             if self.cycles != state["cycles"]:                       # longer: not the rate of its end
