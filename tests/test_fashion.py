@@ -1,4 +1,4 @@
-"""tests/experiments/fashion.py: what is chosen is chosen on training images alone."""
+"""tests/experiments/fashion.py and few_images.py: what is chosen is chosen on training images alone, and how many are drawn."""
 import argparse
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import fashion
+import few_images
 from kernels.harness.images import Data
 
 
@@ -42,3 +43,32 @@ def test_runs_that_choose_see_nothing_else(part, tmp_path, monkeypatch):
     monkeypatch.setattr(fashion, "make", lambda jobs, numbers, args: seen.extend(jobs.values()) or {})
     getattr(fashion, part)(argparse.Namespace(out=tmp_path, seeds=1, draw=None), None)
     assert seen and all("held out: True" in options for _, _, options in seen)
+
+
+@pytest.mark.parametrize("count", [500, 2000])
+@pytest.mark.parametrize("ratio", [1, 10, 100])
+def test_so_many_images_are_drawn_of_even_and_of_unequal_classes(count, ratio):
+    labels = torch.arange(60_000) % 10
+    rows = few_images.some(labels, count, ratio)
+    of_class = labels[rows].bincount()
+    assert abs(len(rows) - count) <= 5 and len(rows.unique()) == len(rows)      # each class is rounded
+    assert not torch.equal(rows.sort().values, rows)                            # not the first ones
+    if ratio > 1:
+        wanted = count * ratio ** -(torch.arange(10) / 9) / (ratio ** -(torch.arange(10) / 9)).sum()
+        assert (of_class - wanted).abs().max() <= 0.51
+
+
+def test_every_run_of_few_images_sees_as_many(tmp_path, monkeypatch):
+    jobs = {}
+    monkeypatch.setattr(few_images, "make", lambda made, numbers, args: jobs.update(made) or {})
+    monkeypatch.setattr(few_images, "read_data", lambda name: numbered(2000, 40))
+    monkeypatch.setattr(sys, "argv", ["few_images.py", "--data", "x", "--counts", "100", "400", "--seen", "800",
+                                      "--out", str(tmp_path), "--seeds", "1"])
+    few_images.main()
+    for (count, ratio, size, name, _), (_, script, options) in jobs.items():
+        with np.load(options[options.index("--data") + 1]) as found:
+            assert len(found["test_images"]) == 40
+            seen = len(found["train_images"]) * int(options[options.index("--epochs") + 1])
+        assert abs(seen - 800) <= count and options[options.index("--batch") + 1] == str(size)
+        assert size > 1 or (name, script) == ("IConE", "icone.py")
+    assert len(jobs) == 2 * 2 * (1 + 3 + 4 + 4)

@@ -26,7 +26,8 @@ TABLE = re.compile(r"^<!-- (python .+?) -->\n\n?((?:\|.*\n)+|(?:    .*\n)+)", re
 NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 TRAINS = re.compile("tests/experiments/(?!free_features|verdicts)")
 FETCHED = ROOT / "fashion-mnist"                                     # for tables of data that are not in the repository
-NAMES = {"run", "method", "batch", "codes", "else", "views", "R, batch", "training images", "raw: k-NN"}   # of rows
+NAMES = {"run", "method", "batch", "codes", "else", "views", "R, batch", "training images", "raw: k-NN",
+         "images, R", "images", "visits", "encoder"}                     # of rows
 
 
 def tables(text):

@@ -84,13 +84,15 @@ def interval(values):
 
 
 # ---- Data --------------------------------------------------------------------------------------------------
-def thinned(labels, ratio):
-    """Rows of labels [N] to keep: the first of each class, largest class over smallest = ratio."""
+def thinned(labels, ratio, count=None):
+    """Rows of labels [N] to keep: the first of each class, largest class over smallest = ratio; so many in all, but for
+    rounding, or as many as the largest class allows."""
     classes, counts = labels.unique(return_counts=True)
     shares = ratio ** -torch.linspace(0, 1, len(classes))
+    largest = count / shares.sum() if count else counts.max()
     rows = []
     for label, share in zip(classes, shares):
-        most = max(1, round(float(share * counts.max())))
+        most = max(1, round(float(share * largest)))
         rows.append((labels == label).nonzero()[:most, 0])
     return torch.cat(rows)
 

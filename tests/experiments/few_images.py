@@ -1,0 +1,93 @@
+r"""Few images, unequal classes, small batches: every method beside IConE, as many images seen by each: tables.
+
+    python tests/experiments/few_images.py --data fashion-mnist           # hours on 2 cores; goes on where it stopped
+    python tests/experiments/few_images.py --data mri.npz --counts 2080 --ratios 1 --batches 4 64 --seen 10400 \
+        --methods IConE VICReg SimCLR --options width=8 views=poses       # mri.py makes them
+
+So many training images at random, where classes are unequal class k of K keeps R^(-k / (K - 1)) of the largest; 4,000 test
+images, which are balanced. At batch 1 IConE alone; FALCON, whose prior wants many images at a time, from 16 on. Views are
+the default's, which fashion.py chose on images held out from training. Runs the scripts as a user does, on the CPU, one
+thread a run, `jobs` at a time, into runs/few-images.
+"""
+import argparse
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import METHODS, channels_last, make, of, options_of_all, over, run, spread, thinned
+
+from kernels.harness.cli import read_data
+
+METHODS = {**METHODS, "FALCON": ("falcon.py", [])}
+LEAST = {"IConE": 1, "VICReg": 4, "SimCLR": 4, "FALCON": 16}                                                 # batches
+COLUMNS = {"k-NN": 3, "linear": 3, "5 a class": 3, "RankMe": 1, "TwoNN": 1}                                  # decimals
+
+
+def some(labels, count, ratio):
+    """Rows of labels [N], drawn at random, `count` in all but for rounding; largest class over smallest = ratio."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    if ratio == 1:
+        return order[:count]
+    return order[thinned(labels[order], ratio, count)]
+
+
+def numbers(job):
+    """One run's numbers, {row: {name in COLUMNS: value}}."""
+    report = run(*job)
+    panel = report["panels"]["projector z"]
+    return {**report["probes"], "trained encoder": {**report["probes"]["trained encoder"], **panel}}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="as of the scripts, with labels")
+    parser.add_argument("--counts", nargs="+", type=int, default=[500, 2000], help="training images")
+    parser.add_argument("--ratios", nargs="+", type=int, default=[1, 100], help="largest class over smallest")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--seen", type=int, default=20_000, help="images, by every run")
+    parser.add_argument("--options", nargs="*", default=["width=8"], help="of all runs, without their dashes")
+    parser.add_argument("--seeds", type=int, default=3)
+    args = options_of_all(parser, "few-images")
+    out = args.out / Path(args.data).stem
+    out.mkdir(parents=True, exist_ok=True)
+    data = read_data(args.data)
+    jobs = {}
+    sets = [(count, ratio) for count in args.counts for ratio in args.ratios]
+    for count, ratio in sets:
+        rows = some(data.labels, count, ratio)
+        file = (out / f"{count}-{ratio}.npz").resolve()
+        np.savez(file, train_images=channels_last(data.images[rows]), train_labels=np.asarray(data.labels[rows]),
+                 test_images=channels_last(data.test_images[:4000]), test_labels=np.asarray(data.test_labels[:4000]))
+        common = ["--data", str(file), "--epochs", str(round(args.seen / len(rows))), *(f"--{option}" for option in args.options)]
+        for size in args.batches:
+            for name in (name for name in args.methods if size >= LEAST[name]):
+                script, own = METHODS[name]
+                for seed in range(args.seeds):
+                    folder = (out / f"{name} {count} {ratio} {size} {args.seen} {seed}").resolve()
+                    jobs[count, ratio, size, name, seed] = folder, script, [
+                        *own, *common, "--batch", str(size), "--seed", str(seed)]
+    results = make(jobs, numbers, args)
+    print(f"| images, R | batch | encoder | {' | '.join(COLUMNS)} | IConE over it, 95 %: k-NN | of linear | of few |\n"
+          + "|---" * (6 + len(COLUMNS)) + "|")
+    for key in dict.fromkeys(key[:-1] for key in jobs):
+        count, ratio, size, name = key
+        first = f"| {count:,}, {ratio} |"
+        if key == (count, ratio, args.batches[0], "IConE"):
+            for row in ("raw pixels", "random encoder"):
+                if own := [found[row] for found in of(results, *key)]:
+                    cells = [spread([line[c] for line in own]) if c in own[0] else "" for c in COLUMNS]
+                    print(f"{first} | {row} | {' | '.join(cells)} | | | |")
+        if not (own := [found["trained encoder"] for found in of(results, *key)]):
+            continue
+        cells = [spread([line[column] for line in own], 3) if decimals == 3 else
+                 f"{statistics.mean(line[column] for line in own):.1f}" for column, decimals in COLUMNS.items()]
+        ours = [found["trained encoder"] for found in of(results, count, ratio, size, "IConE")]
+        cells += ["" if name == "IConE" else over(*([line[column] for line in lines] for lines in (ours, own)))
+                  for column in ("k-NN", "linear", "5 a class")]
+        print(f"{first} {size} | {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
