@@ -25,9 +25,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "kernels").rglob("*.md")), *sorted(
 TABLE = re.compile(r"^<!-- (python .+?) -->\n\n?((?:\|.*\n)+|(?:    .*\n)+)", re.M)
 NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 TRAINS = re.compile("tests/experiments/(?!free_features|verdicts)")
-FETCHED = ROOT / "fashion-mnist"                                     # for tables of data that are not in the repository
+FETCHED = "fashion-mnist", "mri.npz"                                 # for tables of data that are not in the repository
 NAMES = {"run", "method", "batch", "codes", "else", "views", "R, batch", "training images", "raw: k-NN",
          "images, R", "images", "visits", "encoder"}                     # of rows
+
+
+def missing(command):
+    """What a command reads and is not there."""
+    return [name for name in FETCHED if name in command and not (ROOT / name).exists()]
 
 
 def tables(text):
@@ -150,7 +155,7 @@ def lines_of(request, tmp_path_factory):
     """Function command -> lines that it prints. All that train are run at the start, a core each."""
     chosen = {item.callspec.params["command"] for item in request.session.items
               if item.path == Path(__file__) and hasattr(item, "callspec")}
-    chosen = {command for command in chosen if FETCHED.name not in command or FETCHED.exists()}
+    chosen = {command for command in chosen if not missing(command)}
     trained = sorted((command for command in chosen if TRAINS.search(command)),
                      key=lambda command: "digits3d" not in command and "glyphs" not in command)      # the longest first
     if not (ROOT / "glyphs.npz").exists() and any("glyphs" in command or "views" in command or "long_tail" in command
@@ -180,8 +185,8 @@ def each_table():
 @pytest.mark.slow
 @pytest.mark.parametrize("page, command, table", [*each_table()])
 def test_page_states_what_the_command_prints(page, command, table, lines_of, request):
-    if FETCHED.name in command and not FETCHED.exists():
-        pytest.skip(f"put the data into {FETCHED}: see tests/experiments/fashion.md")
+    if missing(command):
+        pytest.skip(f"put the data into {', '.join(missing(command))}: see tests/experiments/fashion.md and mri.py")
     drawn = TRAINS.search(command) and not request.config.getoption("every_run")
     if drawn and () in rows(table):
         pytest.skip("compares runs with each other: --every-run")

@@ -1,13 +1,13 @@
 r"""Few images, unequal classes, small batches: every method beside IConE, as many images seen by each: tables.
 
-    python tests/experiments/few_images.py --data fashion-mnist           # hours on 2 cores; goes on where it stopped
+    python tests/experiments/few_images.py --data fashion-mnist --counts 2000 --batches 1 4 64       # an hour on 2 cores
     python tests/experiments/few_images.py --data mri.npz --counts 2080 --ratios 1 --batches 4 64 --seen 10400 \
         --methods IConE VICReg SimCLR --options width=8 views=poses       # mri.py makes them
 
 So many training images at random, where classes are unequal class k of K keeps R^(-k / (K - 1)) of the largest; 4,000 test
 images, which are balanced. At batch 1 IConE alone; FALCON, whose prior wants many images at a time, from 16 on. Views are
 the default's, which fashion.py chose on images held out from training. Runs the scripts as a user does, on the CPU, one
-thread a run, `jobs` at a time, into runs/few-images.
+thread a run, `jobs` at a time, into runs/few-images; goes on where it stopped.
 """
 import argparse
 import statistics
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import METHODS, channels_last, make, of, options_of_all, over, run, spread, thinned
+from common import METHODS, apart, channels_last, interval, make, of, options_of_all, over, run, spread, thinned
 
 from kernels.harness.cli import read_data
 
@@ -60,7 +60,8 @@ def main():
         file = (out / f"{count}-{ratio}.npz").resolve()
         np.savez(file, train_images=channels_last(data.images[rows]), train_labels=np.asarray(data.labels[rows]),
                  test_images=channels_last(data.test_images[:4000]), test_labels=np.asarray(data.test_labels[:4000]))
-        common = ["--data", str(file), "--epochs", str(round(args.seen / len(rows))), *(f"--{option}" for option in args.options)]
+        epochs = str(round(args.seen / len(rows)))
+        common = ["--data", str(file), "--epochs", epochs, *(f"--{option}" for option in args.options)]
         for size in args.batches:
             for name in (name for name in args.methods if size >= LEAST[name]):
                 script, own = METHODS[name]
@@ -87,6 +88,14 @@ def main():
         cells += ["" if name == "IConE" else over(*([line[column] for line in lines] for lines in (ours, own)))
                   for column in ("k-NN", "linear", "5 a class")]
         print(f"{first} {size} | {name} | {' | '.join(cells)} |")
+    if len(args.ratios) < 2 or args.draw:
+        return
+    even, *_, unequal = args.ratios
+    print(f"\n| images | batch | encoder | k-NN, R = {unequal} less {even}, 95 % | of linear |\n|---|---|---|---|---|")
+    for count, size, name in dict.fromkeys((count, size, name) for count, _, size, name, _ in jobs):
+        lost = [interval(apart(results, (count, unequal, size, name), (count, even, size, name),
+                               lambda found: found["trained encoder"][column])) for column in ("k-NN", "linear")]
+        print(f"| {count:,} | {size} | {name} | {' | '.join(lost)} |")
 
 
 if __name__ == "__main__":
