@@ -27,7 +27,7 @@ NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 TRAINS = re.compile("tests/experiments/(?!free_features|verdicts)")
 FETCHED = "fashion-mnist", "mri.npz"                                 # for tables of data that are not in the repository
 NAMES = {"run", "method", "batch", "codes", "else", "views", "R, batch", "training images", "raw: k-NN",
-         "images, R", "images", "visits", "encoder"}                     # of rows
+         "images, R", "images", "visits", "encoder", "IConE less"}       # of rows
 
 
 def missing(command):

@@ -21,7 +21,8 @@ from kernels.harness.cli import read_data
 
 METHODS = {**METHODS, "FALCON": ("falcon.py", [])}
 LEAST = {"IConE": 1, "VICReg": 4, "SimCLR": 4, "FALCON": 16}                                                 # batches
-COLUMNS = {"k-NN": 3, "linear": 3, "5 a class": 3, "RankMe": 1, "TwoNN": 1}                                  # decimals
+PROBES = ["k-NN", "linear", "5 a class"]
+COLUMNS = [*PROBES, "RankMe", "TwoNN"]
 
 
 def some(labels, count, ratio):
@@ -70,25 +71,27 @@ def main():
                     jobs[count, ratio, size, name, seed] = folder, script, [
                         *own, *common, "--batch", str(size), "--seed", str(seed)]
     results = make(jobs, numbers, args)
-    print(f"| images, R | batch | encoder | {' | '.join(COLUMNS)} | IConE over it, 95 %: k-NN | of linear | of few |\n"
-          + "|---" * (6 + len(COLUMNS)) + "|")
-    for key in dict.fromkeys(key[:-1] for key in jobs):
-        count, ratio, size, name = key
-        first = f"| {count:,}, {ratio} |"
-        if key == (count, ratio, args.batches[0], "IConE"):
+    print(f"| images, R | batch | encoder | {' | '.join(COLUMNS)} |\n{'|---' * (3 + len(COLUMNS))}|")
+    less = []                                                            # lines of the second table
+    for count, ratio, size, name in dict.fromkeys(key[:-1] for key in jobs):
+        own = of(results, count, ratio, size, name)
+        if own and size == args.batches[0] and name == "IConE":
             for row in ("raw pixels", "random encoder"):
-                if own := [found[row] for found in of(results, *key)]:
-                    cells = [spread([line[c] for line in own]) if c in own[0] else "" for c in COLUMNS]
-                    print(f"{first} | {row} | {' | '.join(cells)} | | | |")
-        if not (own := [found["trained encoder"] for found in of(results, *key)]):
-            continue
-        cells = [spread([line[column] for line in own], 3) if decimals == 3 else
-                 f"{statistics.mean(line[column] for line in own):.1f}" for column, decimals in COLUMNS.items()]
-        ours = [found["trained encoder"] for found in of(results, count, ratio, size, "IConE")]
-        cells += ["" if name == "IConE" else over(*([line[column] for line in lines] for lines in (ours, own)))
-                  for column in ("k-NN", "linear", "5 a class")]
-        print(f"{first} {size} | {name} | {' | '.join(cells)} |")
-    if len(args.ratios) < 2 or args.draw:
+                cells = [spread([found[row][column] for found in own]) for column in PROBES]
+                print(f"| {count:,}, {ratio} | | {row} | {' | '.join(cells)} | | |")
+        if own:
+            columns = {column: [found["trained encoder"][column] for found in own] for column in COLUMNS}
+            cells = [spread(columns[column]) for column in PROBES]
+            cells += [f"{statistics.mean(columns[column]):.1f}" for column in COLUMNS[len(PROBES):]]
+            print(f"| {count:,}, {ratio} | {size} | {name} | {' | '.join(cells)} |")
+            ours = of(results, count, ratio, size, "IConE")
+            cells = [over([found["trained encoder"][column] for found in ours], columns[column]) for column in PROBES]
+            if name != "IConE":
+                less.append(f"| {count:,}, {ratio} | {size} | {name} | {' | '.join(cells)} |")
+    if args.draw:
+        return
+    print("\n| images, R | batch | IConE less | k-NN, 95 % | linear | 5 a class |\n|---|---|---|---|---|---|", *less, sep="\n")
+    if len(args.ratios) < 2:
         return
     even, *_, unequal = args.ratios
     print(f"\n| images | batch | encoder | k-NN, R = {unequal} less {even}, 95 % | of linear |\n|---|---|---|---|---|")
