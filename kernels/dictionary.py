@@ -169,29 +169,26 @@ def _forward_torch(h, codes, seed, reverse, keep):
     rest = total.log2()                                                # log2 p = logit - top - rest
 
     log_c = math.log2(codes)
-    m = h.new_zeros(2, 2, codes)                                       # log2 of a view's mean, two parts
+    m = h.new_empty(2, 2, codes)                                       # log2 of a view's mean, two parts
     E = h.new_zeros(2, n)                                              # sum_j p_ij log2 p'_ij, p' the other's
     R = h.new_zeros(2, n)                                              # a row's part of the prior
-    least = torch.finfo(h.dtype).tiny
     for block in _blocks(h, codes):
         log = _place(logs, n, block, keep)
         if not keep:
             _logits_torch(h, _unpacked(signs, block, unpacked), log)
         log.sub_(top[:, :, None]).sub_(rest[:, :, None])
-        p = torch.exp2(log, out=_place(scratch, n, block, False))
-        for view in (0, 1):
-            E[view] += torch.linalg.vecdot(p[view], log[1 - view])
-        if reverse:                                                    # a mean that underflows weighs nothing
-            m[0, :, block] = p.mean(dim=1).clamp_(min=least).log2()
-            for view in (0, 1):
-                R[view].addmv_(p[view], m[0, view, block] + log_c)
-        else:
-            high = log.amax(dim=1, keepdim=True)                       # [2, 1, C]
-            torch.sub(log, high, out=p).exp2_()
-            mean = p.mean(dim=1, keepdim=True)
-            m[0, :, block] = high[:, 0]
-            m[1, :, block] = mean[:, 0].log2()
+        high = log.amax(dim=1, keepdim=True)                           # [2, 1, C]
+        p = torch.sub(log, high, out=_place(scratch, n, block, False)).exp2_()
+        mean = p.mean(dim=1, keepdim=True)
+        m[0, :, block] = high[:, 0]
+        m[1, :, block] = mean[:, 0].log2()
+        if not reverse:
             R -= (p / mean).sum(dim=2) / codes
+        p *= high.exp2()
+        E[0] += torch.linalg.vecdot(p[0], log[1])
+        E[1] += torch.linalg.vecdot(p[1], log[0])
+        if reverse:
+            R += torch.linalg.vecdot(p, m[:, :, None, block].sum(dim=0) + log_c)
     return top, rest, m, E, R, logs if keep else logs[:0].clone()
 
 
@@ -201,10 +198,9 @@ def _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, g_prior, 
     signs = _held(codes, f, seed, h.device)
     dh = torch.zeros_like(h)
     ln2, log_c = math.log(2), math.log2(codes)
-    g_prior, g_cross = g_prior.item(), g_cross.item()                  # numbers cost less than tensors of one
     # 2n ds_ij = p_ij (g_cross ln 2 (E_i - log2 p'_ij) + of_row_i + ...) - g_cross p'_ij, as derived. E
     # less log2 p' first: both may be large, and equal.
-    of_row = (g_cross - g_prior * (ln2 if reverse else 1) * R)[:, :, None]
+    of_row = g_cross - g_prior * (ln2 * R if reverse else R)
     block_size = min(_block_size(h), codes)
     logs = kept if len(kept) else h.new_empty(2 * n * block_size)
     scratch = h.new_empty(2 * n * block_size)
@@ -216,15 +212,14 @@ def _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, g_prior, 
         if not len(kept):
             _logits_torch(h, rows, log).sub_(top[:, :, None]).sub_(rest[:, :, None])
         high, mean = m[:, :, None, block]                              # [2, 1, C] each
-        of_code = g_prior * ln2 * (high + mean + log_c)
         p = torch.exp2(log, out=_place(scratch, n, block, False))
         slope = slopes[:n * len(rows)].view(n, len(rows))
         for view, other in ((0, 1), (1, 0)):           # one at a time: each array of both would cost memory
-            torch.sub(E[view, :, None], log[other], out=slope)
-            torch.add(of_row[view], slope, alpha=ln2 * g_cross, out=slope)
+            torch.sub(E[view, :, None], log[other], out=slope).mul_(ln2 * g_cross)
+            slope += of_row[view, :, None]
             if reverse:
-                slope += of_code[view]
-            slope.mul_(p[view]).sub_(p[other], alpha=g_cross)
+                slope += g_prior * ln2 * (high[view] + mean[view] + log_c)
+            slope.mul_(p[view]).addcmul_(p[other], g_cross, value=-1)
             if not reverse:
                 slope -= (log[view] - high[view]).exp2_() * (g_prior / codes * (-mean[view]).exp2())
             dh[view].addmm_(slope, rows)
