@@ -27,7 +27,7 @@ def through_window(images):
     """
     def order(run):
         windows = round(run.steps_per_epoch / max(6, images // run.step_size)) if images else 0
-        if images and not run.history and rank() == 0:
+        if images and not run.history and not rank():
             tqdm.write(f"order: {run.steps_per_epoch} steps an epoch, " + (
                 f"{windows} windows of {run.count // windows:,} images, sliding" if windows > 1 else
                 "too few for two windows: all images are shuffled"))

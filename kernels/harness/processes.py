@@ -115,7 +115,7 @@ def main_process_first():
     if rank():
         dist.barrier()
     yield
-    if rank() == 0 and dist.is_initialized():
+    if not rank() and dist.is_initialized():
         dist.barrier()
 
 

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from scipy import stats
 
@@ -102,3 +103,9 @@ def channels_last(images):
     if images.dtype != torch.uint8:
         images = images.clamp(0, 1)
     return images[:, 0].numpy() if images.shape[1] == 1 else images.movedim(1, -1).numpy()
+
+
+def save_npz(file, x, y, x_test, y_test):
+    """Images [N, C, *S] and labels [N] for training and for testing, as the scripts read them."""
+    np.savez(file, train_images=channels_last(x), train_labels=np.asarray(y),
+             test_images=channels_last(x_test), test_labels=np.asarray(y_test))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import METHODS, channels_last, make, of, options_of_all, run, spread
+from common import METHODS, make, of, options_of_all, run, save_npz, spread
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -56,8 +56,7 @@ def subset(data, file, train, test, held_out=False):
     images, labels = (data.images, data.labels) if held_out else (data.test_images, data.test_labels)
     known, asked = order[:train], order[train:train + test] if held_out else torch.arange(test)
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, train_images=channels_last(data.images[known]), train_labels=np.asarray(data.labels[known]),
-             test_images=channels_last(images[asked]), test_labels=np.asarray(labels[asked]))
+    save_npz(file, data.images[known], data.labels[known], images[asked], labels[asked])
     return str(file.resolve())
 
 

@@ -13,9 +13,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-import numpy as np
 import torch
-from common import METHODS, apart, channels_last, interval, make, of, options_of_all, over, run, spread, thinned
+from common import METHODS, apart, interval, make, of, options_of_all, over, run, save_npz, spread, thinned
 
 from kernels.harness.cli import read_data
 
@@ -26,7 +25,8 @@ COLUMNS = [*PROBES, "RankMe", "TwoNN"]
 
 
 def some(labels, count, ratio):
-    """Rows of labels [N], drawn at random, `count` in all but for rounding; largest class over smallest = ratio."""
+    """Rows of labels [N], drawn at random, `count` in all but for rounding, fewer where a class has not enough; largest
+    class over smallest = ratio."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     if ratio == 1:
         return order[:count]
@@ -59,8 +59,8 @@ def main():
     for count, ratio in sets:
         rows = some(data.labels, count, ratio)
         file = (out / f"{count}-{ratio}.npz").resolve()
-        np.savez(file, train_images=channels_last(data.images[rows]), train_labels=np.asarray(data.labels[rows]),
-                 test_images=channels_last(data.test_images[:4000]), test_labels=np.asarray(data.test_labels[:4000]))
+        save_npz(file, data.images[rows], data.labels[rows], data.test_images[:4000], data.test_labels[:4000])
+        print(f"{file.name}: {len(rows):,} training images, by class {data.labels[rows].bincount().tolist()}")
         epochs = str(round(args.seen / len(rows)))
         common = ["--data", str(file), "--epochs", epochs, *(f"--{option}" for option in args.options)]
         for size in args.batches:

@@ -9,8 +9,7 @@ Test images stay as they are. At least one image of each class is kept.
 import argparse
 from pathlib import Path
 
-import numpy as np
-from common import channels_last, thinned
+from common import save_npz, thinned
 
 from kernels.harness.cli import read_data
 
@@ -23,8 +22,7 @@ def main():
     args = parser.parse_args()
     data = read_data(args.data)
     rows = thinned(data.labels, args.ratio)
-    np.savez(args.out, train_images=channels_last(data.images[rows]), train_labels=data.labels[rows].numpy(),
-             test_images=channels_last(data.test_images), test_labels=data.test_labels.numpy())
+    save_npz(args.out, data.images[rows], data.labels[rows], data.test_images, data.test_labels)
     print(f"{args.out}: {len(rows)} training images, by class {data.labels[rows].bincount().tolist()}")
 
 

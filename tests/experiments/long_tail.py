@@ -12,7 +12,7 @@ import statistics
 
 import numpy as np
 import torch
-from common import METHODS, VIEWS_OF, apart, channels_last, interval, make, of, options_of_all, over, run, spread, thinned
+from common import METHODS, VIEWS_OF, apart, interval, make, of, options_of_all, over, run, save_npz, spread, thinned
 from matplotlib.figure import Figure
 
 from kernels import knn_accuracy
@@ -56,8 +56,7 @@ def main():
     for ratio in args.ratios:
         rows = thinned(data.labels, ratio)
         file = (args.out / f"{ratio}.npz").resolve()
-        np.savez(file, train_images=channels_last(data.images[rows]), train_labels=data.labels[rows].numpy(),
-                 test_images=channels_last(data.test_images), test_labels=data.test_labels.numpy())
+        save_npz(file, data.images[rows], data.labels[rows], data.test_images, data.test_labels)
         epochs = str(round(args.seen / len(rows)))
         for size in args.batches:
             for name, (script, options) in METHODS.items():

@@ -9,9 +9,8 @@ time, into runs/spoiled.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
-from common import METHODS, VIEWS_OF, apart, channels_last, interval, make, of, options_of_all, over, run, spread, thinned
+from common import METHODS, VIEWS_OF, apart, interval, make, of, options_of_all, over, run, save_npz, spread, thinned
 
 from kernels.harness.cli import read_data
 from kernels.harness.images import pixels
@@ -49,8 +48,7 @@ def main():
     for case in CASES:
         rows, x = spoil(case, data, torch.Generator().manual_seed(0))
         file = (out / f"{case.replace(' : ', '-')}.npz").resolve()
-        np.savez(file, train_images=channels_last(x), train_labels=np.asarray(data.labels[rows]),
-                 test_images=channels_last(test), test_labels=np.asarray(data.test_labels))
+        save_npz(file, x, data.labels[rows], test, data.test_labels)
         for seed in range(args.seeds):
             for name, (script, options) in METHODS.items():
                 own = [f"--{option}" for option in args.options] + VIEWS_OF.get(args.data, [])
