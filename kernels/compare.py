@@ -33,6 +33,8 @@ def read_run(folder):
         history = [json.loads(line) for line in lines]
         report = folder / "report.json"
         report = json.loads(report.read_text()) if report.exists() else None
+        if len(history) < config.get("epochs", 0):       # it was ended, and is being made longer
+            report = None
     except (OSError, ValueError) as error:
         refuse(f"{folder} is not the folder of a run that has begun to train ({error})")
     return {"name": str(folder), "config": config, "history": history, "report": report}

@@ -44,6 +44,14 @@ def test_a_run_that_has_not_ended_and_other_images(runs):
     assert "note: these runs were trained on different images" in done.stdout
 
 
+def test_a_run_that_is_being_made_longer_has_no_old_accuracies(runs):
+    config = json.loads((runs / "other" / "config.json").read_text())
+    (runs / "other" / "config.json").write_text(json.dumps(config | {"epochs": 4}))      # as --resume leaves it
+    done = run_compare(runs, "run", "other")
+    other, = [line.split() for line in done.stdout.split("\n\n")[0].splitlines() if line.startswith("other")]
+    assert other[:2] == ["other", "2"] and other[2:] == ["not", "ended"]
+
+
 def test_runs_that_have_not_ended_an_epoch(runs):
     for name in ("run", "other"):
         (runs / name / "report.json").unlink()

@@ -97,6 +97,39 @@ def test_a_table_has_all_of_its_rows_named_or_not(place, name):
     assert samples == "400", done.stderr
 
 
+@pytest.mark.parametrize("header", ["file", "", "Unnamed: 0", "id", "Label", "index"])
+def test_a_column_of_row_numbers_or_labels_is_no_dimension(place, header):
+    """As kernels.embed names the rows of arrays, and as pandas writes its index."""
+    z = np.load(place / "z.npy")
+    lines = [f"{k}," + ",".join(map(str, row)) for k, row in enumerate(z)]
+    (place / "numbered.csv").write_text("\n".join([f"{header}," + ",".join(map(str, range(24))), *lines]) + "\n")
+    done, plain = run(place, "numbered.csv"), run(place, "z.npy")
+    assert done.returncode == 4 and done.stdout.splitlines()[1:] == plain.stdout.splitlines(), done.stdout
+    assert f"numbered.csv: left out, as names or words: 1 columns ({header.lower()!r})" in done.stdout
+
+
+def test_x_and_y_are_a_plane_and_y_alone_labels(place):
+    z = white(d=2)
+    for header, width in (("x,y", 2), ("a,y", 1)):
+        (place / "plane.csv").write_text(header + "\n" + "\n".join(",".join(map(str, row)) for row in z) + "\n")
+        found, = [line.split()[1] for line in run(place, "plane.csv").stdout.splitlines() if line.startswith("width")]
+        assert found == str(width)
+
+
+@pytest.mark.parametrize("header, options", [("file,class", []), ("Label,group", []), ("group,kind", ["--labels-key", "kind"])])
+def test_labels_of_a_table_of_several_columns(place, header, options):
+    """The table that training takes by --labels, too."""
+    own = ["cat"] * 390 + ["rare"] * 10
+    rows = [",".join(label if head in ("class", "Label", "kind") else f"{k}.png" for head in header.split(","))
+            for k, label in enumerate(own)]
+    (place / "table.csv").write_text("\n".join([header, *rows]) + "\n")
+    done = run(place, "rare.npy", "--labels", "table.csv", *options)
+    assert done.returncode == 3 and "1 of 2 classes (rare)" in done.stdout, done.stderr or done.stdout
+    (place / "table.csv").write_text("\n".join(["a,b", *rows]) + "\n")
+    done = run(place, "rare.npy", "--labels", "table.csv")
+    assert done.returncode == 2 and "has the columns a, b: say which are the labels, by --labels-key" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["z.npy", "line.npy", "nan.npy"])
 def test_a_picture(place, name):
     done = run(place, name, "--out", "picture.png")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from kernels.harness import probes
+from kernels.harness import arrays, embedding, probes
+from kernels.harness.arrays import Raw
 from kernels.harness.cli import read_data
 from kernels.harness.encoder import Encoder
 from kernels.harness.images import encode
@@ -197,6 +198,63 @@ def test_bytes_for_an_encoder_of_floats_are_255ths():
     Image.fromarray(x).save("x.png")
     for thing in ("x.png", x):
         torch.testing.assert_close(prepare(thing)[0, 0], torch.from_numpy(x) / 255, rtol=1e-6, atol=0)
+
+
+def flat_npy(name, k):
+    np.save(name + ".npy", noise(12, 12, kind="f4", high=1, seed=k))
+
+
+def colour_npy(name, k):
+    np.save(name + ".npy", noise(12, 12, 3, seed=k))
+
+
+@pytest.mark.parametrize("write", [flat_npy, colour_npy, volumes])
+def test_an_npy_and_its_array_and_a_stack_of_them_are_as_in_their_folder(write):
+    prepare = trained_on(write)
+    arrays = [np.load(f"set/{k:02}.npy") for k in range(COUNT)]
+    np.save("stack.npy", np.stack(arrays))
+    names, read = embedding.open_data("stack.npy", prepare)
+    for k, x in enumerate(arrays):
+        expected = prepare(f"set/{k:02}.npy")
+        torch.testing.assert_close(prepare(x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(prepare.scale(read(k)[None]), expected, rtol=0, atol=0)
+    assert len(names) == COUNT
+
+
+@pytest.mark.parametrize("shape, kind", [((20, 6, 8, 10), "f4"), ((20, 12, 12, 3), "u1"), ((20, 12, 12), "u1"), ((20, 12, 12), "f4")])
+def test_npy_files_are_as_the_rows_of_an_archive(shape, kind):
+    x = noise(*shape, kind=kind, high=256 if kind == "u1" else 1)
+    np.savez("x.npz", train_images=x)
+    finish(read_data("x.npz"))
+    prepare = load_encoder("run")[1]
+    np.save("own.npy", x[3])
+    torch.testing.assert_close(prepare("own.npy"), prepare(x[3]), rtol=0, atol=0)
+    np.save("own.npy", np.where(x[3] == x[3].max(), np.nan, x[3]).astype("f4"))
+    with pytest.raises(ValueError, match="NaN or infinite|it holds float32, training's images uint8"):
+        prepare("own.npy")
+
+
+def test_channels_that_are_no_colours_are_none_to_an_encoder_of_photographs():
+    prepare = trained_on(turned)
+    tifffile.imwrite("two.tif", noise(2, 40, 24), imagej=True, metadata={"axes": "CYX"})
+    with pytest.raises(ValueError, match="it holds 2 channels that are not said to be colours"):
+        prepare("two.tif")
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_hugging_face_images_are_fitted_as_training_fitted_them(fit, monkeypatch):
+    """By the reader alone, since the package may not be there."""
+    files = [Image.fromarray(noise(16, 30, 3, seed=k)) for k in range(20)]
+
+    def read(name, decode_image):
+        return {"train_images": Raw(np.stack([decode_image(image) for image in files]), "last")}
+
+    monkeypatch.setattr(arrays, "read_hugging_face", read)
+    finish(read_data("hf:any", size=12, fit=fit))
+    own_rows(lambda found: [files[row] for split in ("train", "test") for row in found[f"{split}_files"]])
+    prepare = load_encoder("run")[1]
+    names, read = embedding.open_data("hf:any", prepare)
+    torch.testing.assert_close(prepare.scale(read(3)[None]), prepare(files[3]), rtol=0, atol=0)
 
 
 def test_numbers_outside_trainings_range_are_cut_and_counted():

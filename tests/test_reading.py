@@ -354,6 +354,47 @@ def test_pages_of_another_size_are_noted(capsys):
     assert any("20 files hold more pages" in line for line in notes(capsys))
 
 
+def one_by_one(file, x):
+    """Each page by a call of its own: to tifffile a series each."""
+    with tifffile.TiffWriter(f"{file}.tif") as out:
+        for page in x:
+            out.write(page)
+
+
+@pytest.mark.parametrize("pages, expected", [("auto", (1, 16, 16)), ("channels", (7, 16, 16)), ("volume", (1, 7, 16, 16))])
+def test_pages_that_were_written_one_by_one(pages, expected, capsys):
+    x = numbers("u2", 0, 4096, (12, 7, 16, 16))
+    write("set", x, one_by_one)
+    found = by_number(read_images("set", size=16, pages=pages))
+    assert found.shape == (12, *expected)
+    assert rank_correlation(found, x if pages != "auto" else x[:, 0]) >= 0.9995
+    assert any("more pages" in line for line in notes(capsys)) == (pages == "auto")
+
+
+def test_pages_of_another_size_are_noted_without_advice_that_was_followed(capsys):
+    write("set", numbers("u2", 0, 4096, (12, 7, 16, 16)), lambda file, x: one_by_one(file, [*x, x[0, :8, :8]]))
+    assert read_images("set", size=16, pages="volume").images.shape[1:] == (1, 7, 16, 16)
+    said, = [line for line in notes(capsys) if "pages" in line]
+    assert "12 files hold pages or frames that are not taken" in said and "--pages" not in said
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+@pytest.mark.parametrize("form", ["folder", "stack"])
+def test_where_0_is_white_it_is_turned_round(kind, form):
+    x = numbers(kind, 0, 256 ** int(kind[1]))
+    if form == "folder":
+        write("set", x, tiff, photometric="miniswhite")
+        found, x = by_number(read_images("set", size=16)), x[:, None]
+    else:
+        x[:, 1:] //= 8                                               # dark, but for a row
+        tiff("stack", x, photometric="miniswhite")
+        data = read_images("stack.tif")
+        found = np.sort(np.concatenate([data.images[:], data.test_images[:]]), None)
+        x = np.sort(x, None)[::-1]
+        assert found[found.size // 2] > 0.8 * found.max()
+    assert rank_correlation(found, x) <= -0.9995
+
+
 def test_frames_of_a_gif_are_noted(capsys):
     def form(file, x):
         first, second = Image.fromarray(x), Image.fromarray(255 - x)
@@ -489,10 +530,54 @@ def test_a_tiff_stack(axes, shape, expected):
         data.numbers["high"] - data.numbers["low"]), abs=1e-5)
 
 
+def test_a_stack_written_page_by_page_and_one_of_several_positions(capsys):
+    x = numbers("u2", 0, 4096)
+    one_by_one("stack", [*x, *x[:3, :8, :8]])
+    data = read_images("stack.tif")
+    assert data.images.shape == (16, 1, 16, 16) and len(data.test_images) == 4
+    assert any("stack.tif: left out 3 pages" in line for line in notes(capsys))
+    with tifffile.TiffWriter("ome.tif", ome=True) as out:
+        for position in x.reshape(4, 5, 16, 16):
+            out.write(position, metadata={"axes": "TYX"})
+    data = read_images("ome.tif")
+    found = np.concatenate([data.images[:], data.test_images[:]])
+    assert found.shape == (20, 1, 16, 16) and rank_correlation(np.sort(found, None), np.sort(x, None)) >= 0.9995
+    assert not any("left out" in line for line in notes(capsys))
+
+
 def test_one_image_is_no_stack():
     tiff("stack", numbers("u2", shape=(16, 12)))
     with pytest.raises(ValueError, match="stack.tif holds 1 images: 5 at least"):
         read_images("stack.tif")
+
+
+def test_what_an_archive_holds_beside_is_named(capsys):
+    x = numbers()
+    np.savez("x.npz", train_images=x, test_image=x, val_images=x, val_labels=np.arange(20))
+    read_images("x.npz")
+    assert "note: left out of x.npz: test_image, val_images, val_labels; taken: train_images" in notes(capsys)
+    Path("x.npz").rename("x.npy")
+    with pytest.raises(ValueError, match="x.npy cannot be read as .npy .it is an .npz: name it so"):
+        read_images("x.npy")
+
+
+def test_options_that_do_nothing_are_named(capsys):
+    without = "without effect on these data"
+    np.savez("x.npz", train_images=numbers())
+    read_images("x.npz", size=32, fit="pad", strict=True, channels_last=False)
+    assert f"note: --size, --fit, --strict: {without}" in notes(capsys)
+    tiff("stack", numbers("u2"), photometric="minisblack")
+    read_images("stack.tif", channels_last=True)
+    assert f"note: --channels-last: {without}" in notes(capsys)
+    write("set", numbers())
+    read_images("set", size=16, channels_last=True)
+    assert f"note: --channels-last: {without}" in notes(capsys)
+    read_data("digits", size=32, labels="top", value_range=("dtype",))
+    assert f"note: --size, --labels, --range: {without}" in notes(capsys)
+    np.save("x.npy", numbers(shape=(20, 8, 8, 5)))
+    read_images("x.npy", channels_last=True)
+    read_data("digits")
+    assert not any(without in line for line in notes(capsys))
 
 
 def test_numbers_beyond_float32():
@@ -684,6 +769,71 @@ def test_a_file_that_may_not_be_read_is_skipped():
     Path("set/003.png").chmod(0)
     data = read_images("set", size=16)
     assert data.skipped == [("003.png", "[Errno 13] Permission denied: 'set/003.png'")]
+
+
+def test_what_could_not_be_read_for_now_is_tried_again(looked_at, monkeypatch):
+    """A file without rights, a share that was gone: neither its name nor its time changes when it is back."""
+    write("set", numbers())
+    Path("set/004.png").write_bytes(b"broken for good")
+    gone = True
+    real = Path.read_bytes, decode.opens
+
+    def read_bytes(path):
+        if gone and path.name == "003.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real[0](path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(decode, "opens", lambda file: not (gone and file.name == "003.png") and real[1](file))
+    assert dict(read_images("set", size=16).skipped)["003.png"] == "[Errno 13] Permission denied: 'set/003.png'"
+    looked_at.clear()
+    assert [name for name, _ in read_images("set", size=16).skipped] == ["003.png", "004.png"] and not looked_at
+    gone = False
+    data = read_images("set", size=16)
+    assert [name for name, _ in data.skipped] == ["004.png"] and {*looked_at} == {"003.png"}
+    assert np.allclose(by_number(data)[:, 0], np.delete(numbers(), 4, 0))
+    looked_at.clear()
+    read_images("set", size=16)
+    assert not looked_at
+
+
+def test_a_folder_that_may_not_be_read_is_named(capsys, monkeypatch):
+    real = os.scandir
+
+    def scandir(folder="."):
+        if str(folder).endswith("cat"):
+            raise PermissionError(13, "Permission denied", folder)
+        return real(folder)
+
+    for name in ("cat", "dog", "fox"):
+        write(f"set/{name}", numbers())
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert list(read_images("set", size=16).classes) == ["dog", "fox"]
+    assert "note: left out set/cat: Permission denied" in notes(capsys)
+
+
+def test_a_stray_picture_does_not_hide_volumes(capsys):
+    x = numbers("f4", 0, 9, (12, 6, 7, 8))
+    write("set", x, npy)
+    png("set/preview", numbers()[0])
+    assert rank_correlation(by_number(read_images("set")), x) >= 0.9995
+    assert "note: taken 12 of 13 files; left out: 1 .png" in notes(capsys)
+
+
+def test_runs_on_another_disk(monkeypatch):
+    """runs may be a link: what is decoded is written there at once, not moved there."""
+    write("set", numbers())
+    real = Path.replace
+
+    def replace(path, target):
+        assert path.resolve().parents[1] == Path(target).resolve().parent, "Invalid cross-device link"
+        return real(path, target)
+
+    Path("elsewhere").mkdir()
+    Path("runs").symlink_to("elsewhere")
+    monkeypatch.setattr(Path, "replace", replace)
+    assert read_images("set", size=16).images.shape == (16, 1, 16, 16)
+    assert [*Path("elsewhere/decoded").glob("set-*.npy")] and not [*Path().glob(".decoding*")]
 
 
 def volume(x):

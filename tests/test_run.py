@@ -328,11 +328,11 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(run):
     assert state["schedule"]["last_epoch"] > 0
 
 
-@command(f"{SMALL} --lr 1e30", scripts=ONE)
+@command(f"{SMALL} --lr 1e30", scripts=ALL)
 def test_a_loss_that_is_not_finite_stops_the_run(run):
     assert run.returncode == 2
-    assert re.search(r"vicreg.py: loss or weights are not finite after epoch \d: .*lower --lr", run.stderr)
+    assert re.search(rf"{run.script}: loss or weights are not finite in epoch \d: .*lower --lr", run.stderr)
     *_, bar, line, nothing = run.stderr.split("\n")                  # a bar is drawn over itself: by "\r"
     assert "step/s" in bar
-    assert line.startswith("vicreg.py: loss or weights") and "\r" not in line
+    assert line.startswith(f"{run.script}: loss or weights") and "\r" not in line
     assert nothing == ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .decode import refuse_gaps
+from .decode import read_series, series_of
 from .sources import IDX
 
 KEYS = "train_images train_labels test_images test_labels".split()
@@ -50,6 +50,10 @@ def read_npz(path, channels_last):
     if "train_images" not in found:
         raise ValueError(f"{path} has no train_images, but {', '.join(there) or 'nothing'}: the keys are "
                          f"{', '.join(KEYS)}, all but the first optional")
+    others = [key for key in there if key not in KEYS]
+    if others:
+        print(f"note: left out of {path}: {', '.join(others[:10])}{', ...' * (len(others) > 10)}; taken: "
+              f"{', '.join(found)}")
     for key in {"train_images", "test_images"} & found.keys():
         found[key] = raw_images(path, key, found[key], channels_last)
     return found
@@ -65,6 +69,8 @@ def read_npy(path, channels_last):
     """One array of images, which stays on disk."""
     try:
         array = np.load(path, mmap_mode="r")
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an .npz: name it so")
     except Exception as error:
         raise ValueError(f"{path} cannot be read as .npy ({without_advice(error)})")
     return {"train_images": raw_images(path, "it", array, channels_last)}
@@ -131,9 +137,8 @@ def read_tiff_stack(path):
     import tifffile
     try:
         with tifffile.TiffFile(path) as tiff:
-            series = tiff.series[0]
-            refuse_gaps(series.pages)
-            x, axes = series.asarray(), series.axes
+            alike, left_out = series_of(tiff)
+            x, axes = read_series(alike)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as TIFF ({error})")
     if not {*"YX"} <= {*axes}:
@@ -147,6 +152,8 @@ def read_tiff_stack(path):
     if x.dtype.kind not in "biuf" or min(height, width) < 4:
         raise ValueError(f"{path} holds {x.dtype} {[*x.shape]}: pages of numbers, sides of 4 at least, are "
                          "needed")
+    if left_out:
+        print(f"note: {path}: left out {left_out:,} pages that are of another size or kind than the first")
     return {"train_images": Raw(x, "first")}
 
 
@@ -185,6 +192,9 @@ def read_hugging_face(name, decode_image):
     if "train" not in found:
         raise ValueError(f"hf:{name} has no split train but {', '.join(found)}: give hf:{name}:SPLIT")
     parts = {"train": found["train"]} | ({"test": found[test]} if test else {})
+    others = [split for split in found if split not in ("train", test)]
+    if others:
+        print(f"note: left out of hf:{name}: {', '.join(others)}; hf:{name}:SPLIT takes another one")
     features = found["train"].features
     of_kind = {type(feature).__name__: column for column, feature in reversed(features.items())}
     if "Image" not in of_kind:

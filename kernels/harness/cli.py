@@ -23,7 +23,7 @@ from .encoder import Encoder
 from .files import atomic_write_text, load_checkpoint, lock_folder
 from .images import digest
 from .processes import broadcast, die, join_process_group, main_process_first, rank, world_size
-from .reading import read_images
+from .reading import read_images, say_unused
 from .views import view_for
 
 NOT_TYPED = "encoder", "digest", "numbers", "method", "version"      # what config.json holds beside options
@@ -220,6 +220,7 @@ def read_data(name, views="auto", crop=None, flips="auto", pose=1., noise=1., **
     try:
         if name in ("digits", "digits3d"):
             data = posed_digits(axes=2 if name == "digits" else 3)
+            say_unused(**reading)
             views = "poses" if views == "auto" else views
         else:
             data = read_images(name, **reading)

@@ -77,16 +77,16 @@ def kind_of_image(image):
 def look_into_tiff(file, pages):
     import tifffile                                      # a tenth of a second: only where there are any
     with tifffile.TiffFile(file) as tiff:
-        series, *others = tiff.series
+        alike, left_out = series_of(tiff)
+        series = alike[0]
         page = series.keyframe
         if page.dtype is None or page.dtype.kind not in "biuf" or not {*"YX"} <= {*series.axes}:
             raise ValueError(f"it holds {page.dtype} along the axes {series.axes}, no images of numbers")
         refuse_gaps([page])
-        count = dict.fromkeys("CSYX", 1) | {"pages": 1}
+        count = dict.fromkeys("CSYX", 1) | {"pages": len(alike)}
         for axis, length in zip(series.axes, series.shape):          # axes of pages may have one name
             count[axis if axis in "CSYX" else "pages"] *= length
         samples, channels, planes = count["S"], count["C"], count["pages"]
-        left_out = sum(len(other.pages) for other in others)         # of other sizes
         alpha = any(sample in (1, 2) for sample in page.extrasamples)
         unnamed = any(sample == 0 for sample in page.extrasamples)   # of which Pillow shows none
         colour = page.photometric.name in ("RGB", "YCBCR", "PALETTE", "SEPARATED", "CIELAB")
@@ -97,6 +97,29 @@ def look_into_tiff(file, pages):
         channels *= samples * (planes if pages == "channels" else 1)
         sides = (planes, count["Y"], count["X"]) if pages == "volume" and planes > 1 else ()
         return Kind(False, page.dtype.name, channels, sides, left_out + (0 if whole else planes - 1))
+
+
+def series_of(tiff):
+    """The series of a TIFF that are as its first, pages written one by one or positions of a stage; and how
+    many pages the others have, of other sizes or kinds."""
+    alike, left_out = [], 0
+    for series in tiff.series:
+        if (series.axes, series.shape, series.dtype) == (
+                tiff.series[0].axes, tiff.series[0].shape, tiff.series[0].dtype):
+            alike.append(series)
+        else:
+            left_out += len(series.pages)
+    return alike, left_out
+
+
+def read_series(alike):
+    """Their numbers as one array, and the letters of its axes. Where 0 is white it is turned round, as Pillow
+    does."""
+    refuse_gaps([page for series in alike for page in series.pages])
+    x = np.stack([series.asarray() for series in alike]) if len(alike) > 1 else alike[0].asarray()
+    if alike[0].keyframe.photometric.name == "MINISWHITE" and x.dtype.kind in "bu":
+        x = ~x
+    return x, "Q" * (len(alike) > 1) + alike[0].axes
 
 
 def refuse_gaps(pages):
@@ -170,10 +193,7 @@ def tiff_planes(data, pages):
     """[C, H, W], or [C, pages, H, W] for pages="volume", in the file's own numbers."""
     import tifffile
     with tifffile.TiffFile(BytesIO(data)) as tiff:
-        series = tiff.series[0]
-        refuse_gaps(series.pages)
-        x = series.asarray()
-        axes = series.axes
+        x, axes = read_series(series_of(tiff)[0])
     channel_axes = [k for k, axis in enumerate(axes) if axis in "CS"]
     page_axes = [k for k, axis in enumerate(axes) if axis not in "CSYX"]
     if pages == "channels":
@@ -452,7 +472,8 @@ def decode_all(files, name, settings, wanted_range=None):
     key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
     path = folder / f"{name}-{key}.npy"
     found = read_index(path.with_suffix(".json"))
-    if found and {*marks} <= found["entries"].keys():
+    if found and {*marks} <= found["entries"].keys() and not any(
+            found["entries"][own].get("passing") and opens(file) for own, file in zip(marks, files)):
         print(f"decoded images: found in {path}")
     else:
         once = dict(zip(marks, files))                   # links to one file are one
@@ -463,12 +484,28 @@ def decode_all(files, name, settings, wanted_range=None):
     return Decoded(path, entries, found["target"], kinds)
 
 
+def opens(file):
+    """Whether a file can be read now."""
+    try:
+        with open(file, "rb") as data:
+            return bool(data.read(1))
+    except OSError:
+        return False
+
+
+def no_entry(error):
+    """The entry of a file that could not be read. passing: by no fault of its own, it seems, but of rights or
+    the disk; it is tried again once it opens."""
+    passing = isinstance(error, OSError) and error.errno is not None
+    return {"kind": None, "row": None, "reason": one_line(error), "passing": passing}
+
+
 def decode_new(files, marks, name, settings, wanted_range, path):
     """Writes path and its index, with rows of an earlier array where files are the same."""
     made_by = [*settings, readers()]
     wanted_range = list(wanted_range) if wanted_range else None      # as JSON gives it back
     earlier, array = known_entries(path.parent, name, made_by)
-    before = earlier["entries"]
+    before = {own: entry for own, entry in earlier["entries"].items() if not entry.get("passing")}
     made_by = {"settings": made_by, "range": wanted_range}
     target = None if before else likely_target(files, settings)
     if target:                                           # a tenth faster than to look at all of them first
@@ -487,7 +524,7 @@ def decode_new(files, marks, name, settings, wanted_range, path):
         if own in before:
             entries[own] = dict(before[own])
         elif isinstance(found, Exception):
-            entries[own] = {"kind": None, "row": None, "reason": one_line(found)}
+            entries[own] = no_entry(found)
         else:
             entries[own] = {"kind": list(found), "row": None, "reason": None}
     kinds = [kind_of(entries[own]) for own in marks]
@@ -524,11 +561,11 @@ def write(path, marks, made_by, target, entries, pairs, settings, before=(), old
     """
     results = for_each(partial(decode, settings=settings, target=target), pairs, "decoding")
     try:
-        with TemporaryDirectory(prefix=".decoding-", dir=".") as scratch:        # gone if this ends early
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".decoding-", dir=path.parent) as scratch:    # gone if this ends early
             part = Path(scratch, "images.npy")
             with open(part, "wb") as out, closing(results):
                 write_rows(out, marks, entries, before, old, results, target)
-            path.parent.mkdir(parents=True, exist_ok=True)
             part.replace(path)
             found = made_by | {"target": target, "entries": entries}
             text = Path(scratch, "index.json")
@@ -555,7 +592,7 @@ def write_rows(out, marks, entries, before, old, results, target):
             if isinstance(result, Surprise):
                 raise result
             if isinstance(result, Exception):
-                entry.update(row=None, reason=one_line(result))
+                entry.update(no_entry(result), kind=entry["kind"])
                 continue
             x, more = result
             out.write(x.tobytes())

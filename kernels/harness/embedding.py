@@ -20,7 +20,7 @@ from .arrays import Raw
 from .decode import Settings, for_each, one_line
 from .digits import posed_digits
 from .files import atomic_write, atomic_write_text, write_npy_header
-from .folders import all_files, taken
+from .folders import all_files, left_out, taken
 from .images import sample_rows
 from .page import write_page
 from .prepare import load_encoder
@@ -35,9 +35,14 @@ def files_of(path, prepare):
     """The image files below a folder, by names relative to it; or one file."""
     if not path.is_dir():
         return [path.name], lambda row: prepare.array(path)
-    names = [os.path.relpath(file, path) for file in taken(all_files(path))]
+    there = all_files(path)
+    files = taken(there)
+    names = [os.path.relpath(file, path) for file in files]
     if not names:
         raise ValueError(f"{path} holds no files that end in {', '.join(sorted(IMAGES))}, .nii or .npy")
+    others = left_out(there, files)
+    if others:
+        print(f"note: taken {len(files):,} of {len(there):,} files; left out: {others}")
     return names, lambda row: prepare.array(path / names[row])
 
 
@@ -70,7 +75,7 @@ def open_data(name, prepare):
     if wrong:
         raise ValueError(wrong)
     channels_last = prepare.given == "last" and not prepare.target["photo"]
-    found = read_arrays(name, Settings(prepare.settings.size or 64), channels_last)
+    found = read_arrays(name, Settings(prepare.settings.size or 64, prepare.settings.fit), channels_last)
     return rows_of(found, prepare) if found else files_of(path, prepare)
 
 

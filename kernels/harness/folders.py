@@ -12,10 +12,15 @@ TEST = "test", "testing", "val", "valid", "validation"       # the first of them
 
 # ---- Which files -------------------------------------------------------------------------------------------
 def all_files(folder):
-    """Every file below the folder, sorted; links are followed, hidden ones and pipes are not."""
+    """Every file below the folder, sorted; links are followed, hidden ones and pipes are not. A folder that
+    may not be read is named."""
     files = []
     seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+
+    def name(error):
+        print(f"note: left out {error.filename}: {error.strerror}")
+
+    for root, folders, names in os.walk(folder, onerror=name, followlinks=True):
         if Path(root).resolve() in seen:                     # a link back to where we came from
             folders.clear()
             continue
@@ -27,12 +32,11 @@ def all_files(folder):
 
 
 def taken(files):
-    """Of these the images; else the NIfTI volumes; else the .npy arrays."""
-    for endings in (IMAGES, NIFTI, (".npy",)):
-        found = [file for file in files if ending(file) in endings]
-        if found:
-            return found
-    return []
+    """Of these the images, the NIfTI volumes or the .npy arrays: the first kind of which there are five, a
+    set; else that of which there are most."""
+    kinds = [[file for file in files if ending(file) in endings]
+             for endings in (IMAGES, NIFTI, (".npy",))]
+    return next((found for found in kinds if len(found) >= 5), max(kinds, key=len))
 
 
 def left_out(files, kept):

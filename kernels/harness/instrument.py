@@ -82,7 +82,8 @@ def read(path, key=None):
 
 
 def read_table(path):
-    """Numbers of a .csv, [N, D]; columns that hold words are left out, and so is a first line of names."""
+    """Numbers of a .csv, [N, D]; columns of words, and those named as rows or labels are (file, id, class, an
+    index without a name), are left out, and so is a first line of names."""
     import csv
     with open(path, newline="", encoding="utf-8-sig") as text:
         lines = [line for line in csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",") if line]
@@ -101,9 +102,14 @@ def read_table(path):
     rows = lines[named:]
     if not rows or len({len(row) for row in rows}) != 1:
         raise ValueError(f"{path} is no table of rows of one length")
-    columns = [k for k, word in enumerate(rows[0]) if number(word) is not None]
-    if len(columns) < len(rows[0]):
-        print(f"{path}: {len(rows[0]) - len(columns)} columns of words are left out")
+    names = [word.strip().lower() for word in lines[0]] if named else [str(k) for k in range(len(rows[0]))]
+    no_embedding = {"", "index", *COLUMNS} - ({"y"} if "x" in names else set())        # x, y: a plane
+    columns = [k for k, (name, word) in enumerate(zip(names, rows[0])) if number(word) is not None
+               and name not in no_embedding and not name.startswith("unnamed")]
+    others = [repr(name) if named else f"number {k + 1}" for k, name in enumerate(names) if k not in columns]
+    if others:
+        print(f"{path}: left out, as names or words: {len(others)} columns ({', '.join(others[:5])}"
+              f"{', ...' * (len(others) > 5)})")
     x = np.array([[number(row[k]) for k in columns] for row in rows], dtype=object)
     if None in x:
         row = next(k for k, line in enumerate(x) if None in line)
@@ -125,11 +131,30 @@ def as_floats(x, path):
     return x
 
 
+def label_column(path, key):
+    """Words of a .csv of one column, or of that of several whose first line says class or label, or `key`."""
+    import csv
+    with open(path, newline="", encoding="utf-8-sig") as text:
+        rows = [[word.strip() for word in row] for row in csv.reader(text) if any(map(str.strip, row))]
+    heads = rows[0] if rows else []
+    column = 0
+    if len(heads) > 1:
+        wanted = [key] if key else ["class", "label", "classes", "labels", "target", "y"]
+        found = [head for name in wanted for head in heads if name in (head, head.lower())]
+        if not found:
+            raise ValueError(f"{path} has the columns {', '.join(heads)}: say which are the labels, by "
+                             "--labels-key")
+        column = heads.index(found[0])
+    if any(len(row) <= column for row in rows):
+        raise ValueError(f"{path} is no table of rows of one length")
+    return [row[column] for row in rows]
+
+
 def read_labels(path, key, count):
     """Labels [N] as numbers, and what they are called."""
     path = Path(path)
     if path.suffix.lower() == ".csv":
-        words = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        words = label_column(path, key)
         words = words[-count:] if len(words) == count + 1 else words         # the column has a name
     elif path.suffix.lower() == ".npz":
         with np.load(path) as found:

@@ -21,6 +21,7 @@ from .decode import Kind, Settings
 from .encoder import Encoder
 from .files import atomic_write, load_checkpoint
 from .images import Images, pixels
+from .sources import ending
 
 
 class Prepare:
@@ -80,7 +81,12 @@ class Prepare:
         if file.is_dir():
             raise ValueError(f"{file} is a folder: give a list of its files, or use python -m kernels.embed")
         kind = decode.look(file, self.settings)
+        if ending(file) == ".npy":
+            return self.from_array(np.load(file))
         self.refuse_other_numbers(kind.dtype)
+        if self.target["photo"] and not kind.photo:
+            raise ValueError(f"it holds {kind.channels} channels that are not said to be colours, training's "
+                             "images are photographs")
         x, _ = decode.decode((file, kind), self.settings, self.target)
         self.note(kind)
         return self.to_unit(x, kind.dtype)
@@ -126,7 +132,7 @@ class Prepare:
         return self.to_unit(decode.finished(x, "uint8", self.target), "uint8")
 
     def from_array(self, x):
-        axes = 3 if self.target["volumes"] else 2
+        axes = len(self.target["shape"]) - bool(self.layout)         # without channels
         if x.ndim not in (axes, axes + 1) or x.dtype.kind not in "biuf":
             raise ValueError(f"it is {x.dtype} {[*x.shape]}, no image of {axes} axes, or of {axes + 1} with "
                              "channels; several are given as a list")
@@ -136,19 +142,21 @@ class Prepare:
             flat = x.ndim == 3 and x.shape[2] == 1
             return self.from_image(Image.fromarray(x[..., 0] if flat else x))
         self.refuse_other_numbers(dtype)
+        if x.dtype.kind == "f" and not np.isfinite(x.astype(np.float32)).all():
+            raise ValueError("it holds NaN or infinite numbers")
         if self.layout == "first":
             x = x[None] if x.ndim == axes else x if self.given == "first" else np.moveaxis(x, -1, 0)
             x = x if axes == 3 else decode.on_canvas(x, self.settings)
         return self.to_unit(decode.finished(x, dtype, self.target), dtype)
 
 
-def prepare_arrays(dtype, shape, channels_last=False, low=None, high=None):
+def prepare_arrays(dtype, shape, channels_last=False, low=None, high=None, fit="crop"):
     """Prepare for a set that came as one array of this dtype, of images [C, *S] of this shape."""
     channels, *sides = shape
     volume = len(sides) == 3
     photo = dtype == "uint8" and channels in (1, 3) and not volume
     size = sides[0] if len({*sides}) == 1 else None
-    settings = Settings(size)
+    settings = Settings(size, fit)
     kind = Kind(photo, dtype, channels, (*sides,) if volume else (), 0)
     target = decode.aim([kind], settings, [])
     if photo:

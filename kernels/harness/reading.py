@@ -109,7 +109,10 @@ def tell(files, settings):
     if cut and np.mean(cut) > 0.1:
         print(f"note: to make images square {np.mean(cut):.0%} is cut off on average; --fit pad keeps all")
     paged = [file for file in files if file.kind.left_out]
-    if paged:
+    if paged and settings.pages in ("channels", "volume"):
+        print(f"note: {len(paged):,} files hold pages or frames that are not taken, of another size or kind "
+              f"than the first, or of no TIFF ({names_of(paged)})")
+    elif paged:
         print(f"note: {len(paged):,} files hold more pages or frames than the first, which is taken "
               f"({names_of(paged)}); of TIFFs --pages channels or volume takes all")
     colour = [file for file in files if file.kind.channels == 3]
@@ -186,6 +189,7 @@ def read_folder(path, settings, channels_last, wanted_range, labels, strict):
         file.entry = entry
     files, skipped = without_broken(files, path, strict)
     tell(files, settings)
+    say_unused(channels_last=channels_last and ending(paths[0]) != ".npy")
 
     target = decoded.target
     array = np.load(decoded.path, mmap_mode="r")
@@ -210,7 +214,7 @@ def read_folder(path, settings, channels_last, wanted_range, labels, strict):
             result[f"{split}_labels"] = np.array([file.label for file in side])
 
     prepare = Prepare(settings, target, raw.channels, images.low, images.high,
-                      "last" if target["photo"] else "first")
+                      "last" if raw.channels == "last" or target["photo"] else "first")
     padded = Prepare(settings._replace(fit="pad"), target, raw.channels, images.low, images.high)
 
     def whole(rows):
@@ -245,6 +249,16 @@ def read_arrays(name, settings, channels_last):
     return arrays.read_npz(path, channels_last)
 
 
+def say_unused(size=64, fit="crop", channels_last=False, pages="auto", labels="auto", strict=False,
+               value_range=None):
+    """A note on options of read_images that are given, but do nothing."""
+    given = {"--size": size != 64, "--fit": fit != "crop", "--pages": pages != "auto",
+             "--labels": labels != "auto", "--strict": strict, "--channels-last": channels_last,
+             "--range": value_range}
+    if any(given.values()):
+        print(f"note: {', '.join(option for option in given if given[option])}: without effect on these data")
+
+
 # ---- Public ------------------------------------------------------------------------------------------------
 def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", value_range=None, labels="auto",
                 strict=False):
@@ -268,16 +282,15 @@ def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", va
     settings = Settings(size, fit, pages)
     found = read_arrays(name, settings, channels_last)
     if found:
-        channels_last = found["train_images"].channels == "last"
+        last = found["train_images"].channels == "last"
         found, numbers = to_unit(name, found, value_range)
         shape = found["train_images"].shape[1:]
-        prepare = prepare_arrays(numbers["dtype"], shape, channels_last, numbers["low"], numbers["high"])
+        fitted = name.startswith("hf:")
+        prepare = prepare_arrays(numbers["dtype"], shape, last, numbers["low"], numbers["high"],
+                                 fit if fitted else "crop")
         more = {"numbers": numbers, "prepare": prepare}
-        unused = {"--fit": fit != "crop" and not name.startswith("hf:"), "--pages": pages != "auto",
-                  "--labels": labels != "auto", "--strict": strict}
-        if any(unused.values()):
-            given = ", ".join(option for option, is_given in unused.items() if is_given)
-            print(f"note: {given} is for folders of image files, and does nothing here")
+        say_unused(*(() if fitted else (size, fit)), pages=pages, labels=labels, strict=strict,
+                   channels_last=channels_last and not last)
     else:
         found, more = read_folder(path, settings, channels_last, value_range, labels, strict)
     print(in_words(more["numbers"]))

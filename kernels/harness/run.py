@@ -12,7 +12,6 @@ step. So all that a run needs between two steps is written below the yields: the
 also means that THE PROGRAM MAY END THERE: at a signal steps() saves and exits, and the body never sees it.
 """
 import json
-import math
 import time
 
 import torch
@@ -120,6 +119,7 @@ class Run:
             if number:
                 self.bar.close()
                 end_by_signal(number, self.folder)
+        self.check_finite()                                          # before anybody looks at what it learned
 
     def own(self, index):
         """Of a batch of image numbers [batch] this process's share, on the CPU, where the images are."""
@@ -156,9 +156,17 @@ class Run:
         pays = time.monotonic() - self.saved > 50 * self.cost or len(self.history) == self.args.epochs
         self.save(*all_reduce_max([pays], self.device))              # in all processes or in none
 
+    def check_finite(self):
+        """Ends the program if loss or weights are no numbers any more."""
+        numbers = [*self.sums.values(), *self.model.parameters()]
+        if not all(number.isfinite().all() for number in numbers):
+            self.bar.close()
+            die(f"loss or weights are not finite in epoch {len(self.history) + 1}: start anew, with a lower "
+                "--lr")
+
     # ---- Checkpoints ---------------------------------------------------------------------------------------
     def save(self, checkpoint=True):
-        """Writes metrics.jsonl and last.pt; ends the program if loss or weights are no numbers any more.
+        """Writes metrics.jsonl and last.pt.
 
         checkpoint: False leaves last.pt as it is, from which a resumed run writes metrics.jsonl anew.
         RuntimeError if the schedule has not made one step for each of the optimiser's.
@@ -166,12 +174,7 @@ class Run:
         if self.parts["schedule"].last_epoch != self.steps_done():
             raise RuntimeError(f"call schedule.step() after each step: it stands at "
                                f"{self.parts['schedule'].last_epoch}, the run at {self.steps_done()}")
-        losses = [line["loss"] for line in self.history[-1:]]
-        weights = self.model.parameters()
-        if not (all(map(math.isfinite, losses)) and all(weight.isfinite().all() for weight in weights)):
-            self.bar.close()
-            die(f"loss or weights are not finite after epoch {len(self.history)}: start anew, with a lower "
-                "--lr")
+        self.check_finite()
         if checkpoint:
             begun = time.perf_counter()
             self.write_checkpoint()
