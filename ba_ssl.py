@@ -41,7 +41,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from kernels import bank_cross_entropy, bank_logsumexp, dictionary_loss, unit_rows, variance_covariance
 from kernels.harness.cli import (bounded, layer_sizes_or_none, load_data, make_encoder, open_folder, options,
-                                 parse)
+                                 parse, typed)
 from kernels.harness.encoder import Encoder                          # to be found here too
 from kernels.harness.images import fixed_order, limited, pixels
 from kernels.harness.probes import begin, probe, quick_probe, report
@@ -338,8 +338,8 @@ def noise_meters(model, shape):
 def noise_verdict(model, shape, draws=20):
     """What the noise meters say, in a sentence; a difference of a tenth (our threshold) is a shortcut."""
     meters = [noise_meters(model, shape) for _ in range(draws)]
-    own = sum(line["noise_nt_xent"] for line in meters) / draws
-    exchanged = sum(line["noise_exchanged"] for line in meters) / draws
+    own, exchanged = [sum(line[name] for line in meters) / draws
+                      for name in ("noise_nt_xent", "noise_exchanged")]
     chance = meters[0]["chance"]
     said = "SHORTCUT, slots give partners away" if own < 0.9 * exchanged else "Slots give no partner away"
     return (f"{said}: NT-Xent of pure noise {own:.2f}, with partners exchanged {exchanged:.2f}, "
@@ -386,6 +386,9 @@ def main():
     args, state = parse(parser)
     if not args.projector and args.loss != "icone":
         die(f"--projector none is for --loss icone: give {args.loss} sizes, as 512-128")
+    of_fusion = typed() & {"--layers", "--patch", "--share", "--mixing", "--both", "--keep-slots"}
+    if args.no_fusion and of_fusion:
+        die(f"--no-fusion has no {', '.join(of_fusion)}: leave out either")
     data = load_data(args)
     canvas = data.images.shape[2:]
     if not args.no_fusion and any(side % args.patch for side in canvas):
@@ -412,19 +415,18 @@ def main():
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=0.05, fused=True)
     run = Run(args, data, folder, state)
     untrained = begin(model, data, folder)
-    shape = own, *data.images.shape[1:]
     sample = pixels(data.images, fixed_order(len(data.images))[:own], args.device)
 
     def meters(model):
         mixing = mixing_meters(fusion, sample) if fusion else {}
-        return mixing | noise_meters(model, shape)
+        return mixing | noise_meters(model, sample.shape)
 
     train(model, optimizer, data, run, meters)
     more_probes = {}
     if fusion:
         model.eval()
         shares = ", ".join(f"{name} {value:.3f}" for name, value in mixing_meters(fusion, sample).items())
-        print(f"\nadded to an image, of its own strength: {shares}. {noise_verdict(model, shape)}")
+        print(f"\nadded to an image, of its own strength: {shares}. {noise_verdict(model, sample.shape)}")
         probed = limited(data)
         h, h_test = fused_features(model, probed.images), fused_features(model, probed.test_images)
         more_probes["with the module"] = probe(probed, h, h_test)

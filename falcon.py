@@ -302,7 +302,6 @@ def collapse_meters(z, W, temperature, mixtures=(10,), samples=2000):
     intracluster: mixture_entropy for each number of mixtures up to N
     """
     n, f = z.shape
-    unit = F.normalize(z)
     code, p = assign(z, W, temperature)
     wide = z.double()
     M = wide.T @ wide / n
@@ -310,7 +309,7 @@ def collapse_meters(z, W, temperature, mixtures=(10,), samples=2000):
     share = spectrum / spectrum.sum()
     diagonal = M.diagonal()
     off = (M - diagonal.diag()).square().sum() / (f * (f - 1))
-    cosines = unit.sum(0).square().sum() - n                         # of all pairs
+    cosines = F.normalize(z).sum(0).square().sum() - n               # of all pairs
     meters = {"std": z.std(0).mean().item(),
               "cosine": cosines.item() / (n * (n - 1)),
               "dimensions": math.exp(entropy(share)),
@@ -326,8 +325,7 @@ def collapse_meters(z, W, temperature, mixtures=(10,), samples=2000):
 @torch.no_grad()
 def embed(model, images):
     """z [N, f] on the CPU, of images [N, C, *S]."""
-    device = next(model.parameters()).device
-    return model.projector(encode(model.encoder, images, device=device)).cpu()
+    return model.projector(encode(model.encoder, images)).cpu()
 
 
 def report_collapses(model, data, history, args, folder):
@@ -348,10 +346,8 @@ def report_collapses(model, data, history, args, folder):
         meters["NMI"] = normalized_mutual_info_score(probed.test_labels, code)
         meters["NMI of a random assignment"] = normalized_mutual_info_score(probed.test_labels, shuffled)
         meters["AMI"] = adjusted_mutual_info_score(probed.test_labels, code)
-    measured = [f"{name} {value:.3g}" for name, value in meters.items()]
-    derived = [f"{name} {value:.3g}" for name, value in values.items()]
-    print(f"\ntest images: {', '.join(measured)}")
-    print(f"least loss: {'; '.join(derived)}")
+    for title, numbers in {"\ntest images": meters, "least loss": values}.items():
+        print(f"{title}:", "; ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
     atomic_write_text(folder / "meters.json", json.dumps({**meters, "least loss": values}, indent=1))
     plot_meters(history, args.codes, values, z, folder)
 

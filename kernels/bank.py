@@ -548,6 +548,7 @@ def _apply(q, bank, temperature, exclude, target, softmax, impl):
             if isinstance(temperature, Tensor):
                 temperature = temperature.reshape(()).to(work)
             scaled = scaled * (1 / (LN2 * temperature))
+        scaled = scaled.contiguous()                   # as torch.compile is told that it is
         return _BankSum.apply(scaled, bank, exclude, target, softmax, symmetric, use_triton)
 
 

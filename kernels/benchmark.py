@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 from torch.utils.checkpoint import checkpoint
 
 from .launch import triton
-from .collapse import _Rows, _two_nearest, _twonn, _uniformity, knn_accuracy
+from .collapse import _nearest, _Rows, _twonn, _uniformity, knn_accuracy
 from .covariance import variance_covariance, variance_covariance_reference
 from .dictionary import dictionary_loss, dictionary_reference, dictionary_signs
 from .bank import bank_cross_entropy, bank_logsumexp, bank_repulsion, bank_topk
@@ -312,7 +312,7 @@ def feature_cases(n, d, device):
     yield Case(f"{n}, {d} k-NN of 10,000", (h, h_test), (False, False), knn, "textbook", 2 * 10_000 * n * d,
                4 * (n + 10_000) * d)
     if n <= 10_000:
-        twonn = {"textbook": plain_twonn, "torch": lambda z: _twonn(_two_nearest(_Rows(z)))}
+        twonn = {"textbook": plain_twonn, "torch": lambda z: _twonn(_nearest(_Rows(z))[0], z.var(0))}
         if on_cpu and installed("sklearn"):
             twonn["scikit-learn"] = scikit_twonn
         yield Case(f"{n}, {d} TwoNN", (h,), (False,), twonn, "textbook", 2 * n * n * d, 4 * n * d)

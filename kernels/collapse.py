@@ -51,13 +51,14 @@ class _Rows:
         for first in range(0, len(self), 4096):
             rows = slice(first, first + 4096)
             rows = self.read(rows if self.counted is None else self.counted[rows]).double()
-            yield F.normalize(rows) if unit else rows
+            yield _unit(rows) if unit else rows
 
     def some(self, most):
         """Of `most` rows at random, or of all: _Rows in memory."""
         if len(self) <= most:
             return self if self.counted is None and isinstance(self.z, torch.Tensor) else _Rows(self.whole())
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:most].sort().values
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0), device="cpu")
+        chosen = order[:most].sort().values
         chosen = chosen.to(self.device)
         return _Rows(self.read(chosen if self.counted is None else self.counted[chosen]))
 
@@ -91,6 +92,14 @@ def _gram(z, mean):
         x = z.whole().double() - mean
         return x @ x.T
     return sum((rows - mean).T @ (rows - mean) for rows in z.parts())
+
+
+def _farthest(z):
+    """The row farthest from the mean, and its share of all squared distances from it."""
+    mean = _mean(z)
+    squares = torch.cat([(rows - mean).square().sum(dim=1) for rows in z.parts()])
+    row = squares.argmax()
+    return row, float(squares[row] / squares.sum())
 
 
 def _rankme(z):
@@ -131,8 +140,8 @@ def _uniformity(z):
     return torch.cat(sums).double().logsumexp(dim=0) - math.log(samples * (samples - 1)) - 4
 
 
-def _two_nearest(z, candidates=8):
-    """Distances [N, 2] of each row to the two nearest others, float64.
+def _nearest(z, candidates=8):
+    """Distances [N, k] of each row to the k nearest others, float64, and which they are; inf: not another.
 
     Candidates come from dot products, since 2 z_i . z_j - |z_j|^2 orders by distance; their distances are
     then made anew from differences.
@@ -144,50 +153,71 @@ def _two_nearest(z, candidates=8):
         place[:, :-1] = centred
         place[:, -1] = centred.square().sum(dim=1)
 
-    found = []
+    distances, nearest = [], []
     for rows in torch.arange(samples, device=z.device).split(1024):
         queries = 2 * bank[rows]
         queries[:, -1] = -1
         near = bank_topk(queries, bank, min(candidates, samples))[1]                   # [B, count]
         distance = (z.read(rows)[:, None].double() - z.read(near).double()).norm(dim=2)
         distance[near == rows[:, None]] = torch.inf                                    # not to itself
-        found.append(distance.sort(dim=1).values[:, :2])
-    return torch.cat(found)
+        distance, order = distance.sort(dim=1)
+        distances.append(distance)
+        nearest.append(near.gather(1, order))
+    return torch.cat(distances), torch.cat(nearest)
 
 
-def _twonn(distances):
+def _twonn(distances, variance):
     """Intrinsic dimension from the ratio of the distances to the two nearest others, Facco et al. 2017.
 
     The maximum-likelihood form (n - 1) / sum log(r2 / r1), over all points: nothing is discarded but points
-    that have a duplicate, r1 = 0.
+    that have a duplicate, r1 = 0, or one but for rounding: r1 below 1e-5 of two rows' distance and 1e-3 r2.
     """
-    first, second = distances.T
-    ratio = (second / first)[first > 0]
+    first, second = distances[:, :2].T
+    duplicate = (first <= 1e-5 * (2 * variance.sum()).sqrt()) & (first < 1e-3 * second)
+    ratio = (second / first)[(first > 0) & ~duplicate]
     return max(0, len(ratio) - 1) / ratio.log().sum() if len(ratio) else math.nan
 
 
+OUTLIER = 0.5                          # of the variance in one row of so many: it would hide all others
+LEAST_OF_OUTLIER = 20
 EQUAL = 1e-3                           # of the root of the mean squared distance of two rows: no distance
 
 
-def _distinct(z, distances, variance):
+def _joined(group, one, other):
+    """Groups [N], each row the first of its own, once these pairs of rows are in one."""
+    while True:
+        pair = group[one], group[other]
+        first = torch.minimum(*pair)
+        joined = group.clone()
+        for members in pair:
+            joined.scatter_reduce_(0, members, first, "amin")
+        joined = joined[joined[group]]
+        if torch.equal(joined, group):
+            return group
+        group = joined
+
+
+def _distinct(z, distances, nearest, variance):
     """Share of distinct rows, and of those in the largest group of (nearly) equal ones, 0 if there is none.
 
-    Rows with an equal other are told apart by where they fall on three random axes.
+    Rows are joined with those of their nearest that are equal. A group of more than that falls into several:
+    so the first of each are compared anew, until no two are equal.
     """
     tolerance = EQUAL * (2 * variance.sum()).sqrt()
     equal = (distances[:, 0] <= tolerance).nonzero().flatten()
     if not len(equal):
         return 1., 0.
-    axes = torch.randn(z.width, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    axes = F.normalize(axes, dim=0).to(z.device)
-    places = torch.cat([z.read(rows).double() @ axes for rows in equal.split(4096)])
-    group = torch.zeros_like(equal)
-    for place in places.T:
-        order = place.argsort()
-        order = order[group[order].argsort(stable=True)]
-        apart = (group[order].diff() > 0) | (place[order].diff() > tolerance)
-        group[order] = F.pad(apart.cumsum(0), (1, 0))
-    sizes = group.bincount()
+    asked = group = torch.arange(len(z), device=z.device)
+    while True:
+        row, place = (distances <= tolerance).nonzero(as_tuple=True)
+        if not len(row):
+            break
+        group = _joined(group, asked[row], asked[nearest[row, place]])
+        asked = group[equal].unique()
+        if len(asked) < 2:
+            break
+        distances, nearest = _nearest(_Rows(z.read(asked)))
+    _, sizes = group[equal].unique(return_counts=True)
     return (len(z) - len(equal) + len(sizes)) / len(z), sizes.max().item() / len(z)
 
 
@@ -245,7 +275,9 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     labels [N]: of classes or other groups, whole numbers or words; adds classes (of 4 rows at least), and
     classes at one point, a list of those whose rows differ by less than a fiftieth of what all rows do.
     Rows that are not finite, in z or a view, are left out: "not finite" is how many they are, "not finite
-    rows" a list of the first ten. ValueError for shapes that do not agree, N < 4, integers.
+    rows" a list of the first ten. So is, of 20 rows or more, one that alone is most of the variance:
+    "outlier" is its number, "outlier share" its part. ValueError for shapes that do not agree, N < 4,
+    integers.
     """
     views = [view for view in (z1, z2) if view is not None]
     _check(z, views)
@@ -255,11 +287,18 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     if counted is not None:
         sets = [_Rows(x.z, counted) for x in sets]
     rows, *views = sets
-    samples, width = len(rows), rows.width
-    panel = {"samples": samples, "width": width}
+    panel = {"samples": len(rows), "width": rows.width}
     if counted is not None:
         missing = (~finite).nonzero().flatten()
         panel |= {"not finite": len(missing), "not finite rows": missing[:10].tolist()}
+    row, share = _farthest(rows) if len(rows) >= LEAST_OF_OUTLIER else (0, 0.)
+    if share > OUTLIER:
+        row = int(row if counted is None else counted[row])
+        finite[row] = False
+        counted = finite.nonzero().flatten()
+        rows, *views = [_Rows(x.z, counted) for x in sets]
+        panel |= {"samples": len(rows), "outlier": row, "outlier share": share}
+    samples, width = len(rows), rows.width
     if samples < 4:
         names = "raw std", "std", "cosine", "RankMe", "participation", "uniformity", "TwoNN"
         return panel | dict.fromkeys(names + ("alignment", "view ratio") * bool(views), math.nan)
@@ -277,11 +316,11 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     looked_at = rows.some(MOST)
     if len(looked_at) < samples:
         panel["sample"] = len(looked_at)
-    distances = _two_nearest(looked_at)
+    distances, nearest = _nearest(looked_at)
     panel["uniformity"] = _uniformity(looked_at)
-    panel["TwoNN"] = _twonn(distances)
+    panel["TwoNN"] = _twonn(distances, variance)
     panel["dead"] = int((std < 1e-3 * variance.mean().sqrt()).sum())
-    panel["distinct"], panel["at one point"] = _distinct(looked_at, distances, variance)
+    panel["distinct"], panel["at one point"] = _distinct(looked_at, distances, nearest, variance)
     if views:
         pairs_of_views = zip(*(view.parts(unit=True) for view in views))
         panel["alignment"] = sum((u1 - u2).square().sum() for u1, u2 in pairs_of_views) / samples
@@ -389,9 +428,10 @@ def verdict(panel, untrained=None):
     NOT SPREAD YET          blind to its image, but no narrower than before training, or narrower and still
                             in many dimensions; or in few dimensions beside one that all share, not shrunk
     NOTHING LEARNT YET      views, spread and ranks are within a tenth of those before training
-    CANNOT TELL             without views: spread, which noise would be, too; of width 1
+    CANNOT TELL             without views, or with equal ones: spread, which noise would be, too; of width 1
     No collapse             none of these
     NOT FINITE              some rows: how many, which, and the verdict on the rest
+    ONE ROW                 holds most of the variance: which, and the verdict on the rest
 
     untrained: the panel of the same network before training, on the same images. Without it an embedding that
     says nothing of its image is called collapsed although it may not be trained yet.
@@ -404,19 +444,23 @@ def verdict(panel, untrained=None):
             return f"COLLAPSED: {panel['not finite']:,} of {of:,} embeddings are not finite (rows {rows})."
         return f"NOT FINITE: {panel['not finite']:,} of {of:,} embeddings (rows {rows}). The rest: " + \
             verdict(rest, untrained)
+    if "outlier" in panel:
+        rest = {name: value for name, value in panel.items() if not name.startswith("outlier")}
+        held = f"{panel['outlier']} holds {panel['outlier share']:.0%} of the variance"
+        return f"ONE ROW: {held}. The rest: {verdict(rest, untrained)}"
     away = 1 - panel["cosine"]
     if panel["raw std"] == 0:
         return "COLLAPSED: all embeddings are equal."
-    if not math.isfinite(panel["raw std"] + panel.get("view ratio", 0.)):
+    if not math.isfinite(panel["raw std"]):
         return "COLLAPSED: embeddings are too large, their variance is not finite."
+    if panel["width"] == 1:
+        return "CANNOT TELL: of width 1, embeddings have no dimensions that could collapse."
     narrower = _narrower(panel, untrained) if untrained else ""
     if away < ONE_POINT:
         direction = f"1 - mean cosine is {away:.1g} (bound {ONE_POINT})"
         if untrained and not narrower and 1 - untrained["cosine"] < 2 * ONE_POINT:
             return f"NOT SPREAD YET: all images point in one direction, {direction}, as before training."
         return f"COLLAPSED: all images point in one direction, {direction}."
-    if panel["width"] == 1:
-        return "CANNOT TELL: of width 1, embeddings have no dimensions that could collapse."
 
     thin = _too_thin(panel)
     ratio = panel.get("view ratio", 0.)
@@ -443,10 +487,11 @@ def verdict(panel, untrained=None):
     if part:
         return f"PARTIAL COLLAPSE: {part}, if no more of the images themselves are equal{_remarks(panel)}."
     most = min(panel["samples"] - 1, panel["width"])
-    if "view ratio" not in panel:
+    if not panel.get("alignment"):
         spread = f"spread in {panel['participation']:.0f} of at most {most} dimensions"
-        return (f"CANNOT TELL: {spread}, but without two views of each image noise cannot be told from images"
-                f"{_remarks(panel)}.")
+        equal = "alignment" in panel
+        lack = "where the two views of an image are equal" if equal else "without two views of each image"
+        return f"CANNOT TELL: {spread}, but {lack} noise cannot be told from images{_remarks(panel)}."
     if untrained and "view ratio" in untrained and _as_before(panel, untrained):
         return f"NOTHING LEARNT YET: {seen}, and all measures are within a tenth of those before training."
     ranks = f"participation is {panel['participation']:.1f} and RankMe {panel['RankMe']:.0f}"
@@ -489,8 +534,10 @@ def _labels(y, count, name):
     """Labels [N] or [N, 1], tensor, array or list -> int64 [N]; ValueError if they are none of `count`."""
     try:
         y = torch.as_tensor(y)
-        whole = not y.is_floating_point() or bool((y == y.round()).all())
-    except (TypeError, ValueError, RuntimeError):        # of words, ragged, complex
+        whole = not y.is_complex()
+        if y.is_floating_point():
+            whole = bool(((y == y.round()) & (y.abs() < 2**63)).all())
+    except (TypeError, ValueError, RuntimeError):        # of words, ragged
         whole = False
     if not whole or [*y.shape] not in ([count], [count, 1]):
         got = f"{y.dtype} {[*y.shape]}" if hasattr(y, "shape") else type(y).__name__
@@ -564,7 +611,7 @@ def few_label_accuracy(h, y, h_test, y_test, labels, draws=10):
     classes = y.unique()
     total = 0
     for _ in range(draws):
-        order = torch.randperm(len(y), generator=generator).to(y.device)
+        order = torch.randperm(len(y), generator=generator, device="cpu").to(y.device)
         chosen = [order[y[order] == name][:labels] for name in classes]
         means = torch.stack([unit[rows].mean(dim=0) for rows in chosen])
         nearest = torch.cdist(unit_test, means).argmin(dim=1)

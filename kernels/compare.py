@@ -12,6 +12,8 @@ import math
 import sys
 from pathlib import Path
 
+from .harness.processes import print_any_name
+
 COLUMNS = "k-NN", "linear", "1 a class", "5 a class", "10 a class"       # of the trained encoder
 PANEL = "RankMe", "participation", "raw std", "cosine", "view ratio"     # of z
 PANELS = {"knn": "k-NN accuracy, test features", "RankMe": "RankMe of z, up to 256 test images",
@@ -99,7 +101,7 @@ def plot(runs, path):
         if key == "knn":
             axis.set_ylim(0, 1.03)
         elif key == "RankMe":
-            axis.set_ylim(0, 1.08 * max(seen))
+            axis.set_ylim(0, 1.08 * max(filter(math.isfinite, seen), default=1))
         elif 0 < 20 * min(seen) < max(seen) < math.inf:
             axis.set_yscale("log")
     figure.legend(handles=axis.lines, loc="outside lower center", ncols=min(4, len(runs)))
@@ -107,6 +109,7 @@ def plot(runs, path):
 
 
 def main():
+    print_any_name()
     title, *_ = __doc__.split("\n")
     parser = argparse.ArgumentParser("python -m kernels.compare", description=title, allow_abbrev=False)
     parser.error = refuse

@@ -81,6 +81,7 @@ def _apart(variance):
 def _unit(variance):
     """u, a power of 2, and 1 / u^2, both []."""
     _, exponent = torch.frexp(variance.amax())
+    exponent = exponent.clamp(min=-120)                    # 1 / u^2 is a number in fp32
     one = variance.new_ones(())
     return torch.ldexp(one, exponent // 2), torch.ldexp(one, exponent // 2 * -2)
 
@@ -410,7 +411,7 @@ def _product_triton(z, mean, keep, shrink, gram):
 
 def _backward_triton(z, mean, scale, m, a, gram):
     """As _backward_torch."""
-    dz = torch.empty(z.shape, dtype=torch.float32, device=z.device)
+    dz = torch.empty_like(z, dtype=torch.float32)
     x, dx = (z.T, dz.T) if gram else (z, dz)
     long, n = x.shape
     grid = triton.cdiv(long, PRODUCT["BLOCK"]), triton.cdiv(n, PRODUCT["BLOCK"])

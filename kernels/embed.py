@@ -51,8 +51,15 @@ def main():
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as kernels/harness/start.py
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .harness.embedding import command               # now: packages take seconds to load
+    from .harness.processes import print_any_name
+    print_any_name()
+    for number in (signal.SIGINT, signal.SIGTERM):       # from here on there may be files to take back
+        signal.signal(number, signal.default_int_handler)
     try:
         command(args)
+    except KeyboardInterrupt:
+        print("embed: ended before all was done: nothing is written, give the command again", file=sys.stderr)
+        sys.exit(130)
     except (OSError, ValueError) as error:
         refuse(str(error))
 

@@ -122,6 +122,7 @@ BAD = [  # arguments, scripts, what makes the data, words the message must have
     ("--temperature 0", ALL, None, "--temperature"),
     (f"{SMALL} --eps 0.01 --codes 101", ["falcon.py"], None, "--eps 0.01 must be below"),
     (f"{SMALL} --codes 1", ["falcon.py"], None, "--codes"),
+    (f"{SMALL} --no-fusion --share .5", ["ba_ssl.py"], None, "--no-fusion has no --share: leave out either"),
     (f"{SMALL} --patch 5", ["ba_ssl.py"], None, r"--patch 5 .*canvas \[12, 12\]"),
     (f"{SMALL} --projector none", ["ba_ssl.py"], None, "--projector none.*give simclr")]
 

@@ -68,6 +68,7 @@ def test_large_samples_are_streamed_in_fp32_to_the_same_values(monkeypatch):
     from kernels import collapse
     z = shifted(500, 40)
     exact = collapse_panel(z, z, z)
+    assert exact["alignment"] == 0
     monkeypatch.setattr(collapse, "_work_dtype", lambda z: torch.float32)
     for name, value in collapse_panel(z, z, z).items():
         assert value == pytest.approx(exact[name], rel=1e-4, abs=1e-5), name
@@ -164,6 +165,17 @@ def test_twonn_leaves_out_points_that_have_a_duplicate():
     cube = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     got = collapse_panel(torch.cat([cube, cube[:50]]))["TwoNN"]
     assert got == pytest.approx(collapse_panel(cube)["TwoNN"], rel=0.1)
+
+
+@pytest.mark.parametrize("noise", [1e-7, 1e-6])
+def test_twonn_leaves_out_points_that_have_a_duplicate_but_for_rounding(noise):
+    """As features of an image that was encoded in another batch."""
+    cube = torch.rand(1000, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    again = cube[:50] + noise * white(50, 10)
+    expected = collapse_panel(cube)["TwoNN"]
+    assert collapse_panel(torch.cat([cube, again]))["TwoNN"] == pytest.approx(expected, rel=0.1)
+    line = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)    # close, no duplicates
+    assert collapse_panel(line)["TwoNN"] == pytest.approx(1, rel=0.03)
 
 
 # ---- The verdict: real runs -------------------------------------------------------------------------------------
@@ -270,6 +282,9 @@ def test_there_are_forty_cases_and_ten_runs():
     ("none finite", "500 of 500 embeddings are not finite (rows 0, 1, 2, ...)"),
     ("noise, without views", "spread in 57 of at most 64 dimensions, but without two views of each image noise cannot be told"),
     ("a constant plus 5 % noise, without views", "the mean cosine of two images is 0.998"),
+    ("one row seventy times as long", "of the variance. The rest: No collapse"),
+    ("one dimension alive, and positive", "all images point in one direction"),
+    ("noise, both views of an image equal", "where the two views of an image are equal noise cannot be told from images"),
     ("width 1", "have no dimensions")])
 def test_the_sentence_says_how_much_and_where(name, words):
     assert words in sentence_of(name), sentence_of(name)
@@ -323,6 +338,33 @@ def test_distinct_and_at_one_point_by_brute_force():
         assert found["at one point"] == pytest.approx(sizes.max().item() / n if sizes.max() > 1 else 0)
 
 
+@pytest.mark.parametrize("copies, others, d", [(2, 0, 512), (2, 3000, 256), (3, 100, 128), (40, 500, 8), (600, 300, 16)])
+def test_copies_are_told_apart_however_many_there_are(copies, others, d):
+    """Groups of more than are looked at, and pairs whose projections lie close by chance."""
+    kinds = max(3, 2000 // copies)
+    z = torch.cat([white(kinds, d).repeat(copies, 1), white(others, d, 1)])
+    z = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))]
+    for rounding in (0, 1e-6):
+        found = collapse_panel(z + rounding * white(*z.shape, 2))
+        assert found["distinct"] == pytest.approx((kinds + others) / len(z))
+        assert found["at one point"] == pytest.approx(copies / len(z))
+
+
+def test_the_row_that_hides_all_others_is_named_and_left_out():
+    z, z1, z2 = (white(500, 10, k) for k in range(3))
+    z1, z2 = z + .1 * z1, z + .1 * z2
+    expected = collapse_panel(z[1:], z1[1:], z2[1:])
+    for view in (z, z1, z2):
+        view[0] = 300
+    found = collapse_panel(z, z1, z2)
+    assert found.pop("outlier") == 0 and found.pop("outlier share") > .9
+    assert found == pytest.approx(expected, rel=1e-9)
+    z[4] = math.nan
+    found = collapse_panel(z, z1, z2)
+    assert found["outlier"] == 0 and found["not finite rows"] == [4] and found["samples"] == 498
+    assert verdict(found).startswith("NOT FINITE: 1 of 499") and "The rest: ONE ROW: 0 holds" in verdict(found)
+
+
 def test_classes_at_one_point_are_named_by_their_labels():
     z = white(100, 6)
     labels = torch.arange(100) % 4 * 10
@@ -331,7 +373,9 @@ def test_classes_at_one_point_are_named_by_their_labels():
     assert (found["classes"], found["classes at one point"]) == (4, [20])
     named = [["cat", "dog", "eel", "fox"][label // 10] for label in labels]
     assert collapse_panel(z, labels=named)["classes at one point"] == ["eel"]
-    for wrong in (labels[:50], labels.double() + .5, named[:50], [[1], 2]):
+    endless, huge = labels.double(), labels.double()
+    endless[3], huge[3] = math.inf, 1e30
+    for wrong in (labels[:50], labels.double() + .5, named[:50], [[1], 2], endless, huge, labels + 1j):
         with pytest.raises(ValueError, match="labels must be whole numbers"):
             collapse_panel(z, labels=wrong)
 

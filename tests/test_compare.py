@@ -1,11 +1,13 @@
 """python -m kernels.compare as its user runs it."""
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
-from scripts import SMALL, call, call_command
+from scripts import ONE_THREAD, ROOT, SMALL, call, call_command
 
 
 def run_compare(folder, *arguments):
@@ -50,6 +52,16 @@ def test_a_run_that_is_being_made_longer_has_no_old_accuracies(runs):
     done = run_compare(runs, "run", "other")
     other, = [line.split() for line in done.stdout.split("\n\n")[0].splitlines() if line.startswith("other")]
     assert other[:2] == ["other", "2"] and other[2:] == ["not", "ended"]
+
+
+def test_a_rank_that_is_no_number_and_a_name_that_the_terminal_cannot_show(runs):
+    lines = (runs / "other" / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0]) | {"RankMe": float("nan")}
+    (runs / "other" / "metrics.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    (runs / "other").rename(runs / "\u8d70")
+    done = subprocess.run([sys.executable, "-m", "kernels.compare", "run", "\u8d70"], cwd=runs, capture_output=True,
+                          env={**ONE_THREAD, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and b"\\u8d70" in done.stdout, done.stderr
 
 
 def test_runs_that_have_not_ended_an_epoch(runs):

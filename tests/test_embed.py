@@ -1,5 +1,6 @@
 """python -m kernels.embed as its user runs it: names, features, formats, what is like an image, what is refused."""
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -18,10 +19,27 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    """The command sets how SIGINT ends it."""
-    before = signal.getsignal(signal.SIGINT)
+    """The command sets how signals end it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("form", ["npz", "npy", "csv"])
+def test_a_signal_leaves_nothing_behind(number, form, place, tmp_path, monkeypatch):
+    from kernels.harness import embedding
+    real = embedding.embed
+
+    def interrupted(*arguments):
+        yield from real(*arguments)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(embedding, "embed", interrupted)
+    done = embed(place, "run", "new", "--out", tmp_path / f"f.{form}")
+    assert done.returncode == 130 and done.stderr.strip().endswith("nothing is written, give the command again")
+    assert not [*tmp_path.iterdir()]
 
 
 def embed(folder, *arguments):

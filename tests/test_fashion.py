@@ -8,6 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
+import common
 import fashion
 import few_images
 from kernels.harness.images import Data
@@ -34,6 +35,23 @@ def test_a_subset_is_tested_on_the_images_for_testing(tmp_path):
     fashion.subset(numbered(), tmp_path / "fashion.npz", 120, 40)
     with np.load(tmp_path / "fashion.npz") as found:
         assert found["train_images"].max() < 200 <= found["test_images"].min()
+
+
+def test_a_run_that_was_made_by_another_command_is_made_anew(tmp_path, monkeypatch):
+    calls = []
+
+    def made(command, **_):
+        calls.append(command)
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(f'{{"number": {len(calls)}}}')
+
+    monkeypatch.setattr(common.subprocess, "run", made)
+    folder = tmp_path / "SimCLR 0"
+    other = ["--seed", "0", "--lr", "1"]
+    numbers = [common.run(folder, "ba_ssl.py", options)["number"] for options in (["--seed", 0], ["--seed", "0"], other, other)]
+    assert numbers == [1, 1, 2, 2]
+    assert common.run(folder, "vicreg.py", ["--seed", "0", "--lr", "1"])["number"] == 3
 
 
 @pytest.mark.parametrize("part", ["views", "peers", "icone"])

@@ -23,6 +23,7 @@ from PIL import Image
 from kernels.harness import decode
 from kernels.harness.cli import read_data
 from kernels.harness.encoder import Encoder
+from kernels.harness.images import Data
 from kernels.harness.reading import read_images
 from scripts import ALL, ROOT, SMALL, Run, call, command, forked, said, saved, snippet
 
@@ -196,7 +197,7 @@ def mapped(folder):
 def test_arrays_on_disk_with_strings_as_labels(run):
     assert run.line() == "40 train and 12 test images, 3 channels, 16 x 16 (2-D), 4 classes"
     assert run.features()["test_features"].shape == (12, 32)
-    assert not run.notes()
+    assert run.notes() == ["note: --size: without effect on these data"]
     assert not run.decoded()                                             # they are used where they lie
 
 
@@ -536,7 +537,7 @@ def test_cifars_own_files_train(make, words, tmp_path, monkeypatch):
     arrays = np.load("cifar10.npz")
     expected = np.concatenate([cifar_batch(name)[0] for name in CIFAR])
     for where in ((0, 0), (31, 31)):
-        ends = [arrays[f"{split}_images"][:, *where] for split in ("train", "test")]
+        ends = [arrays[f"{split}_images"][(slice(None), *where)] for split in ("train", "test")]
         assert np.array_equal(np.concatenate(ends), expected)
     noisy = {key: arrays[key] ^ noise(0, arrays[key].shape) if "images" in key else arrays[key] for key in arrays}
     np.savez("cifar10.npz", **noisy)                                     # images of one colour would be refused
@@ -598,6 +599,21 @@ def test_other_libraries_data_train(words, library, make, data, said, tmp_path, 
     assert f"data: 32 train and 8 test images, {said}; " in done.stdout
 
 
+def test_names_are_no_formulas_and_stay_in_the_legend(tmp_path, monkeypatch):
+    from kernels.harness import pictures as drawn
+    legends = []
+    real = drawn.save_figure
+    monkeypatch.setattr(drawn, "save_figure", lambda figure, path: legends.append(figure) or real(figure, path))
+    x, y = torch.rand(12, 1, 8, 8), torch.arange(12) % 3
+    data = Data(x, y, x, y, np.array(["_background_", "a$^$b", "cat"]))
+    drawn.plot_embedding(data, torch.randn(12, 4), tmp_path)
+    names = [text.get_text() for text in legends[0].axes[0].get_legend().get_texts()]
+    assert names == [" _background_", r"a\$^\$b", "cat"]
+    history = [{"epoch": 1, "loss": 1., "knn": .5, "RankMe": 3.}]
+    drawn.plot_curves(history, {"encoder of a$^$b": {"k-NN": .3}, "trained encoder": {"k-NN": .5}}, tmp_path)
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     def full(out, *_):
         out.write(b"the beginning")
@@ -608,7 +624,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "write_rows", full)
     with pytest.raises(ValueError, match=r"cannot write what 8 files decode to .*No space left.*another folder"):
         read_images("photos")
-    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "runs"}
+    assert [path.name for path in Path("runs").rglob("*")] == ["decoded"]
 
 
 # ---- Much data ---------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import (bank, bank_cross_entropy, bank_logsumexp, bank_repulsion, bank_topk, covariance, dictionary,
                      dictionary_loss, launch, variance_covariance)
@@ -12,6 +14,50 @@ from kernels.launch import pick
 
 needs_triton = pytest.mark.skipif(launch.triton is None, reason="needs triton")
 IMPLS = ["torch"] + ["triton"] * (launch.triton is not None)
+
+
+# ---- What operators say of themselves ----------------------------------------------------------------------
+class BesideItsFake(TorchDispatchMode):
+    """Runs each of our operators, and its fake, which torch.compile believes: shapes, strides and dtypes agree."""
+    seen = frozenset()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        found = operator(*arguments, **(options or {}))
+        if str(operator).startswith("kernels."):
+            self.seen |= {str(operator)}
+            with FakeTensorMode() as mode:
+                fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+                expected = operator(*fakes)
+            for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+                assert (one.shape, one.dtype) == (other.shape, other.dtype), operator
+                assert one.numel() < 2 or one.stride() == other.stride(), operator
+        return found
+
+
+def laid_out(rows, columns):
+    """[rows, columns] as it lies usually, transposed, with gaps, and expanded."""
+    yield torch.randn(rows, columns)
+    yield torch.randn(columns, rows).T
+    yield torch.randn(rows, 2 * columns)[:, ::2]
+    yield torch.randn(1, columns).expand(rows, columns)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_operators_return_what_their_fakes_say(impl, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)        # then functions call the operators
+    with BesideItsFake() as beside:
+        for x in laid_out(12, 24):
+            x = x.detach().requires_grad_()
+            for bank_rows in laid_out(40, 24):
+                for trained in (False, True):
+                    rows = bank_rows.detach().requires_grad_(trained)
+                    bank_cross_entropy(x, rows, torch.arange(12), .2, impl=impl).sum().backward()
+                    bank_repulsion(x, rows, impl=impl).sum().backward()
+            bank_repulsion(x, x, "self", impl=impl).sum().backward()
+            for side in ("gram", "covariance"):
+                sum(variance_covariance(x, side=side, impl=impl)).backward()
+            sum(dictionary_loss(x, x.detach(), 50, 0, 1., impl=impl)).backward()
+    assert len(beside.seen) == 6, beside.seen
 
 
 # ---- Whether Triton is taken -------------------------------------------------------------------------------

@@ -1367,6 +1367,25 @@ def test_volumes_get_poses_with_that_border_and_flat_images_crops_mirrored_where
     assert read_data("set", "crops", .4, "off", size=16).view.keywords == {"least": .4, "flips": False}
 
 
+def test_a_draw_of_0_is_a_side_too(monkeypatch):
+    """One float in 16 million: half of the crops are mirrored by the sign of a draw, whose sign was 0 then."""
+    from kernels.harness import views
+    real, draws = views.uniform, []
+
+    def uniform(x, generator, low, high, count=1):
+        draws.append((low, high, count))
+        found = real(x, generator, low, high, count)
+        return found * 0 if draws.count((-1, 1, 1)) and draws[-1] == (-1, 1, 1) else found
+
+    x = torch.rand(8, 3, 12, 12)
+    monkeypatch.setattr(views, "uniform", uniform)
+    view = random_crop(x, torch.Generator().manual_seed(0))
+    assert (-1, 1, 1) in draws and view.isfinite().all()
+    monkeypatch.undo()
+    again = random_crop(torch.rand(200_000, 1, 4, 4), torch.Generator().manual_seed(7))
+    assert again.isfinite().all()
+
+
 @pytest.mark.parametrize("sides", [(96, 160), (8, 64), (64, 8), (16, 16)])
 def test_crops_of_a_white_image_are_white(sides):
     own = generator()

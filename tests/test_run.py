@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +96,14 @@ def test_training_sees_each_image_once_an_epoch_and_drops_the_rest(watched):
 
 def test_steps_are_in_train_mode_and_epochs_end_in_eval_mode(watched):
     assert watched.modes == 4 * [*6 * [("step", True)], ("end", False)]
+
+
+def test_a_loss_may_be_a_plain_number(tmp_path):
+    """The bar shows it in the tenth step."""
+    args = SimpleNamespace(device="cpu", seed=0, batch=4, accumulate=1, epochs=1)
+    run = harness_run.Run(args, SimpleNamespace(images=range(8)), tmp_path, None)
+    run.log({"loss": 0.5, "other": 2})
+    assert run.loss.item() == 0.5
 
 
 def test_each_step_has_the_schedules_rate(watched):

@@ -14,7 +14,7 @@ import kernels
 import vicreg
 from kernels.harness import cli
 from kernels.harness.files import load_checkpoint
-from scripts import ALL, ONE_THREAD, ROOT, SMALL, call, process
+from scripts import ALL, ONE_THREAD, ROOT, SMALL, call, process, said
 
 SCRIPTS = [*ALL, "collapse_toy.py"]
 
@@ -166,6 +166,38 @@ def interrupting(function):
         os.kill(os.getpid(), signal.SIGINT)
         return function(*arguments, **options)
     return call
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_nohup_stays_in_force():
+    code = ("import signal; {}from kernels.harness import processes; "
+            "processes.on_first_signal(print); print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)")
+    assert python(code.format("signal.signal(signal.SIGHUP, signal.SIG_IGN); ")).strip() == "True"
+    assert python(code.format("")).strip() == "False"
+
+
+def left_by_a_cut_short_run(folder):
+    (folder / "new").mkdir()
+    for name, text in (("config.json", '{"method": "VICReg"}'), ("untrained.json", '{"probes": {}, "panel": {}}'),
+                       ("skipped.txt", "a.png: of another set"), ("views.png", "")):
+        (folder / "new" / name).write_text(text)
+
+
+def test_what_a_cut_short_run_left_is_not_taken_over(finished):
+    left_by_a_cut_short_run(finished)
+    assert call(finished, *SMALL.split(), "--out", "new") == 0
+    assert not (finished / "new" / "skipped.txt").exists()
+    own, report = [json.loads((finished / "new" / name).read_text()) for name in ("untrained.json", "report.json")]
+    assert own["panel"]["width"] == report["panels"]["projector z"]["width"] and own["probes"]["random encoder"]
+
+
+@pytest.mark.parametrize("names", [["config.json"], ["views.png"], ["config.json", "untrained.json"]])
+def test_files_of_somebody_else_are_not_overwritten(names, finished, capsys):
+    (finished / "theirs").mkdir()
+    for name in names:
+        (finished / "theirs" / name).write_text('{"mine": 1}')
+    said(capsys, call(finished, *SMALL.split(), "--out", "theirs"), "theirs is not empty")
+    assert {path.name: path.read_text() for path in (finished / "theirs").iterdir()} == dict.fromkeys(names, '{"mine": 1}')
 
 
 @pytest.mark.parametrize("moment", ["read_data", "make_encoder", "open_folder", "begin"])

@@ -339,5 +339,4 @@ def test_random_calls(seed):
         try:
             call(rng)
         except Exception as error:
-            error.add_note(f"{call.__name__}, random.Random('{seed} {number}')")
-            raise
+            raise AssertionError(f"{call.__name__}, random.Random('{seed} {number}')") from error

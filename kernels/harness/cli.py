@@ -297,8 +297,12 @@ def open_folder(args, state):
         folder.mkdir(parents=True, exist_ok=bool(args.out))
         lock_folder(folder)
         there = {file.name for file in folder.iterdir() if file.suffix != ".part"}
-        if not state and there - CUT_SHORT:
-            die(f"{folder} is not empty: choose another --out, or continue with --resume {folder}")
+        if not state:
+            if there and (there - CUT_SHORT or "config.json" not in there
+                          or '"method"' not in (folder / "config.json").read_text()):
+                die(f"{folder} is not empty: choose another --out, or continue with --resume {folder}")
+            for name in there:                                       # another network's, or another set's
+                (folder / name).unlink()
         atomic_write_text(folder / "config.json", json.dumps(vars(args), indent=1))
     except BlockingIOError:
         die(f"another run is at work in {folder}: wait until it ends, or choose another --out")

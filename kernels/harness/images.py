@@ -105,8 +105,14 @@ def digest(images):
 
 
 @torch.no_grad()
-def encode(function, images, rows=None, device="cpu", axis=0):
-    """function(batch [n, C, *S]) of all images, or of these rows: its results, joined at axis."""
+def encode(function, images, rows=None, device=None, axis=0):
+    """function(batch [n, C, *S]) of all images, or of these rows: its results, joined at axis.
+
+    device: where batches are; if not given, where the weights of a module are, or on the CPU.
+    """
+    if device is None:
+        weights = function.parameters() if isinstance(function, torch.nn.Module) else ()
+        device = next((weight.device for weight in weights), "cpu")
     parts = [function(pixels(images, part, device)) for part in in_parts(images, rows)]
     return torch.cat(parts, axis)
 

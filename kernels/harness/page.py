@@ -324,7 +324,7 @@ for (const [one, other, cosine] of data.pairs) {
 data.groups.forEach((rows, k) => {
   let words = `${rows.length} images, the most central first`;
   if (data.classes) {
-    const counts = {};
+    const counts = Object.create(null);                  // a class may be named constructor
     for (const row of rows) counts[data.classes[row]] = (counts[data.classes[row]] || 0) + 1;
     const most = Object.entries(counts).sort((a, b) => b[1] - a[1]).slice(0, 3);
     const shares = most.map(([name, count]) => [name, Math.round(100 * count / rows.length)]);

@@ -80,7 +80,7 @@ def plot_curves(history, probes, folder):
         others = [name for name in probes if name != "trained encoder"]
         for k, name in enumerate(others, 1):
             level = probes[name]["k-NN"]
-            axes[2].axhline(level, color=f"C{k}", label=name)
+            axes[2].axhline(level, color=f"C{k}", label=plain(name))
         axes[2].set(title="k-NN accuracy, test features", ylim=(0, 1.03))
         axes[2].legend(fontsize=8)
     for axis in axes:
@@ -156,6 +156,11 @@ def shortened(name, most=16):
     """The end of a file's name, which tells more than its folders."""
     name = str(name).encode(errors="replace").decode()
     return name if len(name) <= most else "\N{HORIZONTAL ELLIPSIS}" + name[1 - most:]
+
+
+def plain(name):
+    """A name for a picture's text: no formula, and not left out of a legend."""
+    return name.replace("$", r"\$").replace("_", " _", name.startswith("_"))
 
 
 def plot_images(rows, file, words=None):
@@ -268,7 +273,7 @@ def plot_embedding(data, h_test, folder):
             if not own.any() and count > 40:
                 continue
             name = shortened(data.classes[k], 24)
-            name = name.replace("$", r"\$")              # which begins a formula
+            name = plain(name)
             marker = "os^D"[k // 20 % 4]
             axis.scatter(*places[own].T, s=14, color=[colours[k]], marker=marker, label=name)
         columns = math.ceil(count / 30)

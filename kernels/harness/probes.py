@@ -66,13 +66,12 @@ def probe(data, h, h_test):
 @torch.no_grad()
 def quick_probe(model, data):
     """While it trains: RankMe of z of 256 test images and, where there are labels, the k-NN accuracy of h."""
-    device = next(model.parameters()).device
     data = limited(data)
-    h_test = encode(model.encoder, data.test_images, device=device)
+    h_test = encode(model.encoder, data.test_images)
     z = model.projector(h_test[sample_rows(len(h_test), 256)])
     found = {"RankMe": collapse_panel(z)["RankMe"]}
     if data.labels is not None:
-        h = encode(model.encoder, data.images, device=device)
+        h = encode(model.encoder, data.images)
         found["knn"] = math.nan                                      # where this epoch is the last one
         if finite(h, h_test):
             found["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
@@ -90,8 +89,8 @@ def examine(model, data):
     def encode_views(x):
         return torch.stack([model.encoder(view) for view in two_views(x, generator, data.view)])
 
-    h = encode(model.encoder, data.images, device=device).cpu()
-    h_test = encode(model.encoder, data.test_images, device=device)
+    h = encode(model.encoder, data.images).cpu()
+    h_test = encode(model.encoder, data.test_images)
     rows = sample_rows(len(h_test), 2000)
     h1, h2 = encode(encode_views, data.test_images, rows, device, axis=1)
     features = h_test[rows], h1, h2                                  # of the images, and of two views of each
@@ -149,8 +148,7 @@ def probe_of_random_encoder(encoder, data):
 
 def features_of(encoder, data):
     """h [N, E] of all training and of all test images, on the CPU."""
-    device = next(encoder.parameters()).device
-    return [encode(encoder, x, device=device).cpu() for x in (data.images, data.test_images)]
+    return [encode(encoder, x).cpu() for x in (data.images, data.test_images)]
 
 
 def print_table(rows):

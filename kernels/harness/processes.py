@@ -123,6 +123,10 @@ def main_process_first():
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+if "SIGHUP" in signal.Signals.__members__ and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    SIGNALS.remove(signal.SIGHUP)                                    # nohup: it goes on without its terminal
+
+
 def on_first_signal(handler):
     """handler(number) is called at the first of SIGNALS; a second Ctrl-C ends the process at once."""
     def once(number, frame):
@@ -167,13 +171,18 @@ def end_by_signal(number, folder=None):
     die(f"ended by {signal.Signals(number).name}{mark}{what_stands}", 128 + number)
 
 
+def print_any_name():
+    """Of files and classes, escaped where the terminal cannot show it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def launch(main):
     """Calls a script's main(); a signal, a full disk, a lost folder or little memory end it with one line."""
     if rank():
         sys.stdout = open(os.devnull, "w")                           # process 0 speaks
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")            # names that the terminal cannot show
+    print_any_name()
     on_first_signal(end_by_signal)
     try:
         main()

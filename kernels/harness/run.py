@@ -139,7 +139,7 @@ class Run:
     def log(self, numbers):
         """A batch's {name: number}, "loss" among them, scalar tensors or not; history has their means."""
         self.batches += 1
-        self.loss = numbers["loss"]
+        self.loss = torch.as_tensor(numbers["loss"])
         for name, value in numbers.items():
             # Not .item(): no waiting for a GPU.
             self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()

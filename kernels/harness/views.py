@@ -116,8 +116,8 @@ def random_crop(x, generator, least=0.08, flips=True):
     room = (1 - box) * (1 - half_a_pixel)                            # what lies outside would be black
     centre = room * draw(-1, 1, 2)
     if flips:
-        side = draw(-1, 1).sign()
-        upright = torch.ones_like(side)
+        upright = torch.ones_like(area)
+        side = torch.where(draw(-1, 1) < 0, -upright, upright)       # sign() is now and then 0
         box = box * torch.cat([side, upright], 1)
     no_turn = torch.zeros_like(area)
     return warp(x, no_turn, 1 / box, -centre / box, x.shape[2:])

@@ -24,11 +24,14 @@ VIEWS_OF = {"digits": ["--views", "poses"]}                              # of co
 
 # ---- Runs --------------------------------------------------------------------------------------------------
 def run(folder, script, options):
-    """The report of one run, which is not repeated if it is already there."""
-    if not (folder / "report.json").exists():
+    """The report of one run, which is not repeated if it is already there, made by the same command."""
+    command = [str(script), *map(str, options)]
+    kept = folder / "command.json"
+    if not ((folder / "report.json").exists() and kept.exists() and json.loads(kept.read_text()) == command):
         shutil.rmtree(folder, ignore_errors=True)                        # what a kill left of it
         subprocess.run([sys.executable, ROOT / script, "--out", folder, "--device", "cpu", *options], check=True,
                        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        kept.write_text(json.dumps(command))
     return json.loads((folder / "report.json").read_text())
 
 
@@ -54,7 +57,7 @@ def of(results, *row):
 
 def apart(results, row, other, value):
     """value(result) of a row less that of another row, for each seed that both have."""
-    return [value(results[*row, seed]) - value(results[*other, seed])
+    return [value(results[(*row, seed)]) - value(results[(*other, seed)])
             for *key, seed in results if key == [*row] and (*other, seed) in results]
 
 

@@ -50,7 +50,8 @@ def measure(script, batch, side):
         if script == "icone.py":
             model.step()
         seconds.append(time.monotonic() - start)
-    return min(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20              # bytes there, KiB on Linux
+    return min(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def main():
