@@ -2,6 +2,7 @@
 
     python tests/experiments/dictionary_sizes.py --jobs 2               # half an hour on 2 cores; goes on where it stopped
     python tests/experiments/dictionary_sizes.py --data glyphs.npz      # letters, a smaller encoder: less than an hour
+    python tests/experiments/dictionary_sizes.py --data runs/fashion/fashion.npz    # of fashion.py subset
 
 Runs falcon.py as a user does, on the CPU, one thread a run, `jobs` at a time, into runs/dictionary-sizes.
 """
@@ -20,7 +21,7 @@ RUNS = {  # options: seeds
     "--codes 2048 --dictionary learned": 3, "--codes 2048 --dictionary alternating": 1,
     "--codes 2048 --dictionary hybrid": 1, "--codes 64 --dictionary learned": 3, "--codes 16 --dictionary learned": 3,
     "--codes 2048 --projector 512-128": 3, "--codes 2048 --projector 64": 1, "--codes 2048 --prior forward": 1}
-ON_LETTERS = {**{f"--codes {size}": 3 for size in (64, 512, 4096, 65536)},
+ON_OTHERS = {**{f"--codes {size}": 3 for size in (64, 512, 4096, 65536)},
               **{f"--codes {size} --dictionary learned": 3 for size in (16, 64)}}
 COLUMNS = {  # name in the table: in meters.json or report.json, decimals, whether with its std
     "k-NN": ("k-NN", 3, True), "linear": ("linear", 3, True), "AMI": ("AMI", 2, False), "NMI": ("NMI", 2, False),
@@ -65,11 +66,11 @@ def draw(table, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="letters of glyphs.py, in place of digits")
+    parser.add_argument("--data", type=Path, help="an .npz, as of glyphs.py, in place of digits")
     args = options_of_all(parser, "dictionary-sizes")
     chosen, out, common = RUNS, args.out, []
     if args.data:
-        chosen, out = ON_LETTERS, args.out / args.data.stem
+        chosen, out = ON_OTHERS, args.out / args.data.stem
         common = ["--data", str(args.data.resolve()), "--batch", "32", "--width", "8", "--epochs", "5"]
     jobs = {(name, seed): ((out / f"{name[2:]} {seed}").resolve(), [*name.split(), *common, "--seed", str(seed)])
             for name, seeds in chosen.items() for seed in range(seeds)}
