@@ -336,15 +336,14 @@ def report_collapses(model, data, history, args, folder):
     probed = limited(data)
     z = embed(model, probed.test_images)
     W = model.dictionary.vectors()
-    mixtures = 10, 20, 50, 100, 200
     meters = {"loss": history[-1]["loss"]}
-    meters |= collapse_meters(z, W, model.temperature, mixtures, samples=10_000)
+    meters |= collapse_meters(z, W, model.temperature, (10, 20, 50, 100, 200), samples=10_000)
     values = loss_values(args.batch, args.codes, meters["codes"], args.beta, args.eps, args.prior)
     if probed.labels is not None:
         code, _ = assign(z, W, model.temperature)
-        shuffled = code[fixed_order(len(code))]                      # as many clusters, as large, at random
         meters["NMI"] = normalized_mutual_info_score(probed.test_labels, code)
-        meters["NMI of a random assignment"] = normalized_mutual_info_score(probed.test_labels, shuffled)
+        meters["NMI of a random assignment"] = normalized_mutual_info_score(        # into clusters as large
+            probed.test_labels, code[fixed_order(len(code))])
         meters["AMI"] = adjusted_mutual_info_score(probed.test_labels, code)
     for title, numbers in {"\ntest images": meters, "least loss": values}.items():
         print(f"{title}:", "; ".join(f"{name} {value:.3g}" for name, value in numbers.items()))

@@ -94,12 +94,24 @@ def _gram(z, mean):
     return sum((rows - mean).T @ (rows - mean) for rows in z.parts())
 
 
-def _farthest(z):
-    """The row farthest from the mean, and its share of all squared distances from it."""
-    mean = _mean(z)
-    squares = torch.cat([(rows - mean).square().sum(dim=1) for rows in z.parts()])
-    row = squares.argmax()
-    return row, float(squares[row] / squares.sum())
+def _outliers(z):
+    """The few rows, a hundredth at most, of 20 one, that hold over half of the variance, and again of the
+    rest: their numbers in the whole, [k], and their share of it. None if they are more."""
+    everyone = torch.arange(len(z.z), device=z.device) if z.counted is None else z.counted
+    kept, whole, most = everyone, None, len(z) // 100 or len(z) // 20 and 1
+    while most:
+        rows = _Rows(z.z, kept)
+        mean = _mean(rows)
+        squares = torch.cat([(part - mean).square().sum(dim=1) for part in rows.parts()])
+        whole = squares.sum() if whole is None else whole
+        far = squares.argsort(descending=True)
+        few = 1 + int((squares[far].cumsum(0) <= OUTLIERS * squares.sum()).sum())
+        if few > most or not squares.sum() > 0:
+            return everyone[~torch.isin(everyone, kept)], 1 - float(squares.sum() / whole)
+        kept = kept[far[few:].sort().values]
+        if len(everyone) - len(kept) > most:
+            break
+    return everyone[:0], 0.
 
 
 def _rankme(z):
@@ -178,8 +190,7 @@ def _twonn(distances, variance):
     return max(0, len(ratio) - 1) / ratio.log().sum() if len(ratio) else math.nan
 
 
-OUTLIER = 0.5                          # of the variance in one row of so many: it would hide all others
-LEAST_OF_OUTLIER = 20
+OUTLIERS = 0.5                         # of the variance in a few rows: they would hide all others
 EQUAL = 1e-3                           # of the root of the mean squared distance of two rows: no distance
 
 
@@ -275,9 +286,9 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     labels [N]: of classes or other groups, whole numbers or words; adds classes (of 4 rows at least), and
     classes at one point, a list of those whose rows differ by less than a fiftieth of what all rows do.
     Rows that are not finite, in z or a view, are left out: "not finite" is how many they are, "not finite
-    rows" a list of the first ten. So is, of 20 rows or more, one that alone is most of the variance:
-    "outlier" is its number, "outlier share" its part. ValueError for shapes that do not agree, N < 4,
-    integers.
+    rows" a list of the first ten. So are, up to a hundredth of them and of 20 rows one, those that hold over
+    half of the variance: "outliers", "outlier rows", and "outlier share", their part. ValueError for shapes
+    that do not agree, N < 4, integers.
     """
     views = [view for view in (z1, z2) if view is not None]
     _check(z, views)
@@ -291,13 +302,13 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     if counted is not None:
         missing = (~finite).nonzero().flatten()
         panel |= {"not finite": len(missing), "not finite rows": missing[:10].tolist()}
-    row, share = _farthest(rows) if len(rows) >= LEAST_OF_OUTLIER else (0, 0.)
-    if share > OUTLIER:
-        row = int(row if counted is None else counted[row])
-        finite[row] = False
+    outliers, share = _outliers(rows)
+    if len(outliers):
+        finite[outliers] = False
         counted = finite.nonzero().flatten()
         rows, *views = [_Rows(x.z, counted) for x in sets]
-        panel |= {"samples": len(rows), "outlier": row, "outlier share": share}
+        panel |= {"samples": len(rows), "outliers": len(outliers), "outlier rows": outliers[:10].tolist(),
+                  "outlier share": share}
     samples, width = len(rows), rows.width
     if samples < 4:
         names = "raw std", "std", "cosine", "RankMe", "participation", "uniformity", "TwoNN"
@@ -431,23 +442,25 @@ def verdict(panel, untrained=None):
     CANNOT TELL             without views, or with equal ones: spread, which noise would be, too; of width 1
     No collapse             none of these
     NOT FINITE              some rows: how many, which, and the verdict on the rest
-    ONE ROW                 holds most of the variance: which, and the verdict on the rest
+    OUTLIERS                hold most of the variance: how many, which, and the verdict on the rest
 
     untrained: the panel of the same network before training, on the same images. Without it an embedding that
     says nothing of its image is called collapsed although it may not be trained yet.
     """
     if "not finite" in panel:
         rows = ", ".join(map(str, panel["not finite rows"][:3])) + ", ..." * (panel["not finite"] > 3)
-        of = panel["samples"] + panel["not finite"]
+        of = panel["samples"] + panel["not finite"] + panel.get("outliers", 0)
         rest = {name: value for name, value in panel.items() if not name.startswith("not finite")}
         if panel["not finite"] > of / 10 or panel["samples"] < 4:
             return f"COLLAPSED: {panel['not finite']:,} of {of:,} embeddings are not finite (rows {rows})."
         return f"NOT FINITE: {panel['not finite']:,} of {of:,} embeddings (rows {rows}). The rest: " + \
             verdict(rest, untrained)
-    if "outlier" in panel:
+    if "outliers" in panel:
         rest = {name: value for name, value in panel.items() if not name.startswith("outlier")}
-        held = f"{panel['outlier']} holds {panel['outlier share']:.0%} of the variance"
-        return f"ONE ROW: {held}. The rest: {verdict(rest, untrained)}"
+        rows = ", ".join(map(str, panel["outlier rows"][:3])) + ", ..." * (panel["outliers"] > 3)
+        of = panel["samples"] + panel["outliers"]
+        held = f"{panel['outliers']:,} of {of:,} embeddings (rows {rows}) hold {panel['outlier share']:.0%}"
+        return f"OUTLIERS: {held} of the variance. The rest: {verdict(rest, untrained)}"
     away = 1 - panel["cosine"]
     if panel["raw std"] == 0:
         return "COLLAPSED: all embeddings are equal."

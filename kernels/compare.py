@@ -51,7 +51,7 @@ def results(run):
     for names, numbers in ((COLUMNS, accuracy), (PANEL, panel)):
         for name in names:
             row[name] = f"{numbers[name]:.4g}" if name in numbers else ""
-    row["verdict"] = report["verdict"].split(":")[0]
+    row["verdict"] = " / ".join(part.split(":")[0] for part in report["verdict"].split(" The rest: "))
     return row
 
 
@@ -81,6 +81,8 @@ def print_columns(lines):
 def plot(runs, path):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+
+    from .harness.pictures import plain
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     there = {key for run in runs for line in run["history"] for key in line}
     panels = [key for key in PANELS if key in there]
@@ -94,7 +96,7 @@ def plot(runs, path):
             style = {"color": f"C{k}", "linestyle": STYLES[k % 4]}
             if len(values) < 50:                         # runs that are alike show around each other
                 style |= {"marker": "o", "markersize": 9 - 2 * min(k, 3)}
-            axis.plot(epochs, values, label=run["name"], alpha=0.8, **style)
+            axis.plot(epochs, values, label=plain(run["name"]), alpha=0.8, **style)
             seen += values
         axis.set(title=PANELS[key], xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

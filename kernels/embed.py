@@ -58,7 +58,7 @@ def main():
     try:
         command(args)
     except KeyboardInterrupt:
-        print("embed: ended before all was done: nothing is written, give the command again", file=sys.stderr)
+        print("embed: ended before all was done: give the command again", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError) as error:
         refuse(str(error))

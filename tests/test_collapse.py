@@ -282,6 +282,7 @@ def test_there_are_forty_cases_and_ten_runs():
     ("none finite", "500 of 500 embeddings are not finite (rows 0, 1, 2, ...)"),
     ("noise, without views", "spread in 57 of at most 64 dimensions, but without two views of each image noise cannot be told"),
     ("a constant plus 5 % noise, without views", "the mean cosine of two images is 0.998"),
+    ("four rows seventy times as long", "of the variance. The rest: No collapse"),
     ("one row seventy times as long", "of the variance. The rest: No collapse"),
     ("one dimension alive, and positive", "all images point in one direction"),
     ("noise, both views of an image equal", "where the two views of an image are equal noise cannot be told from images"),
@@ -357,12 +358,16 @@ def test_the_row_that_hides_all_others_is_named_and_left_out():
     for view in (z, z1, z2):
         view[0] = 300
     found = collapse_panel(z, z1, z2)
-    assert found.pop("outlier") == 0 and found.pop("outlier share") > .9
+    assert found.pop("outliers") == 1 and found.pop("outlier rows") == [0] and found.pop("outlier share") > .9
     assert found == pytest.approx(expected, rel=1e-9)
     z[4] = math.nan
     found = collapse_panel(z, z1, z2)
-    assert found["outlier"] == 0 and found["not finite rows"] == [4] and found["samples"] == 498
-    assert verdict(found).startswith("NOT FINITE: 1 of 499") and "The rest: ONE ROW: 0 holds" in verdict(found)
+    assert found["outlier rows"] == [0] and found["not finite rows"] == [4] and found["samples"] == 498
+    assert verdict(found).startswith("NOT FINITE: 1 of 500")
+    assert "The rest: OUTLIERS: 1 of 499 embeddings (rows 0) hold" in verdict(found)
+    z[:2] = 1e4                                                       # beside five more, too many to be a few
+    z[10:15] = -1e4
+    assert "outliers" not in collapse_panel(z)
 
 
 def test_classes_at_one_point_are_named_by_their_labels():

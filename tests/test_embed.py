@@ -38,7 +38,7 @@ def test_a_signal_leaves_nothing_behind(number, form, place, tmp_path, monkeypat
 
     monkeypatch.setattr(embedding, "embed", interrupted)
     done = embed(place, "run", "new", "--out", tmp_path / f"f.{form}")
-    assert done.returncode == 130 and done.stderr.strip().endswith("nothing is written, give the command again")
+    assert done.returncode == 130 and done.stderr.strip().endswith("before all was done: give the command again")
     assert not [*tmp_path.iterdir()]
 
 

@@ -108,6 +108,42 @@ def test_a_column_of_row_numbers_or_labels_is_no_dimension(place, header):
     assert f"numbered.csv: left out, as names or words: 1 columns ({header.lower()!r})" in done.stdout
 
 
+def test_a_header_of_numbers_is_none_of_the_embeddings(place):
+    """As pandas writes it without its index."""
+    z = np.load(place / "z.npy")
+    lines = [",".join(map(str, row)) for row in (range(24), *z)]
+    (place / "numbers.csv").write_text("\n".join(lines) + "\n")
+    done, plain = run(place, "numbers.csv"), run(place, "z.npy")
+    assert done.stdout.splitlines()[1:] == plain.stdout.splitlines(), done.stdout
+    assert "the first line, 0, 1, 2, ..., is taken as names" in done.stdout
+
+
+@pytest.mark.parametrize("name, text", [
+    ("l.txt", "label\n{}"), ("l.tsv", "y\n{}"), ("l.tsv", "file\tclass\n{}"), ("l.csv", "class\n{}")])
+def test_files_of_labels(place, name, text):
+    """A word with a comma in it is one word."""
+    own = ["cat, brown"] * 390 + ["rare"] * 10
+    rows = [f"{k}.png\t{label}" if "file" in text else label for k, label in enumerate(own)]
+    (place / name).write_text(text.format("\n".join(rows) + "\n"))
+    done = run(place, "rare.npy", "--labels", name)
+    assert done.returncode == 3 and "1 of 2 classes (rare)" in done.stdout, done.stderr or done.stdout
+
+
+def test_labels_that_lack_a_row_are_refused(place):
+    (place / "l.csv").write_text("file,class\n" + "".join(f"{k}.png,cat\n" for k in range(399)))
+    done = run(place, "rare.npy", "--labels", "l.csv")
+    assert done.returncode == 2 and "l.csv holds 399 labels for 400" in done.stderr
+
+
+def test_what_hides_all_others_is_left_out_and_the_rest_decides(place):
+    z = 1 + 1e-3 * white()
+    z[3], z[7, 0] = 1000 * white()[3], np.nan
+    np.save(place / "both.npy", z)
+    done = run(place, "both.npy")
+    assert done.returncode == 3 and "NOT FINITE: 1 of 400" in done.stdout, done.stdout
+    assert "The rest: OUTLIERS: 1 of 399 embeddings (rows 3)" in done.stdout and "The rest: COLLAPSED" in done.stdout
+
+
 def test_x_and_y_are_a_plane_and_y_alone_labels(place):
     z = white(d=2)
     for header, width in (("x,y", 2), ("a,y", 1)):

@@ -371,6 +371,35 @@ def test_pages_that_were_written_one_by_one(pages, expected, capsys):
     assert any("more pages" in line for line in notes(capsys)) == (pages == "auto")
 
 
+@pytest.mark.parametrize("pages", ["auto", "channels", "volume"])
+def test_ome_files_that_name_each_other(pages):
+    """A position in each file, and what is in all of them in each."""
+    from xml.sax.saxutils import quoteattr
+    x = numbers("u2", 0, 4096, (6, 16, 16))
+    names = [f"p{k}.ome.tif" for k in range(6)]
+    images = "".join(
+        f'<Image ID="Image:{k}" Name={quoteattr(name)}><Pixels ID="Pixels:{k}" DimensionOrder="XYCZT" Type="uint16" SizeX="16" '
+        f'SizeY="16" SizeC="1" SizeZ="1" SizeT="1"><Channel ID="Channel:{k}:0" SamplesPerPixel="1"/><TiffData IFD="0" PlaneCount="1">'
+        f'<UUID FileName={quoteattr(name)}>urn:uuid:{k:08}-0000-0000-0000-000000000000</UUID></TiffData></Pixels></Image>'
+        for k, name in enumerate(names))
+    Path("set").mkdir()
+    for k, name in enumerate(names):
+        text = (f'<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+                f'UUID="urn:uuid:{k:08}-0000-0000-0000-000000000000">{images}</OME>')
+        tifffile.imwrite(f"set/{name}", x[k], description=text, metadata=None)
+    found = by_number(read_images("set", size=16, pages=pages))
+    assert rank_correlation(found, x) >= 0.9995
+
+
+def test_of_pages_one_by_one_only_the_first_is_read_where_it_is_taken(monkeypatch):
+    write("set", numbers("u2", 0, 4096, (8, 7, 16, 16)), one_by_one)
+    counts = []
+    real = decode.read_series
+    monkeypatch.setattr(decode, "read_series", lambda alike: counts.append(len(alike)) or real(alike))
+    read_images("set", size=16)
+    assert {*counts} == {1}
+
+
 def test_pages_of_another_size_are_noted_without_advice_that_was_followed(capsys):
     write("set", numbers("u2", 0, 4096, (12, 7, 16, 16)), lambda file, x: one_by_one(file, [*x, x[0, :8, :8]]))
     assert read_images("set", size=16, pages="volume").images.shape[1:] == (1, 7, 16, 16)
@@ -380,19 +409,22 @@ def test_pages_of_another_size_are_noted_without_advice_that_was_followed(capsys
 
 @pytest.mark.parametrize("kind", ["u1", "u2"])
 @pytest.mark.parametrize("form", ["folder", "stack"])
-def test_where_0_is_white_it_is_turned_round(kind, form):
+def test_where_0_is_white_it_is_turned_round_as_by_pillow(kind, form):
     x = numbers(kind, 0, 256 ** int(kind[1]))
     if form == "folder":
         write("set", x, tiff, photometric="miniswhite")
-        found, x = by_number(read_images("set", size=16)), x[:, None]
+        data = read_images("set", size=16)
+        found, x = by_number(data), x[:, None]
+        own = data.prepare(f"set/{data.files[0]}")
+        torch.testing.assert_close(own, data.prepare(Image.open(f"set/{data.files[0]}")), rtol=0, atol=0)
     else:
         x[:, 1:] //= 8                                               # dark, but for a row
         tiff("stack", x, photometric="miniswhite")
         data = read_images("stack.tif")
         found = np.sort(np.concatenate([data.images[:], data.test_images[:]]), None)
-        x = np.sort(x, None)[::-1]
-        assert found[found.size // 2] > 0.8 * found.max()
-    assert rank_correlation(found, x) <= -0.9995
+        x = np.sort(x, None)[::-1 if kind == "u1" else 1]
+        assert (found[found.size // 2] > 0.8 * found.max()) == (kind == "u1")
+    assert rank_correlation(found, x) * (-1 if kind == "u1" else 1) >= 0.9995
 
 
 def test_frames_of_a_gif_are_noted(capsys):
@@ -818,6 +850,17 @@ def test_a_stray_picture_does_not_hide_volumes(capsys):
     png("set/preview", numbers()[0])
     assert rank_correlation(by_number(read_images("set")), x) >= 0.9995
     assert "note: taken 12 of 13 files; left out: 1 .png" in notes(capsys)
+
+
+def test_training_and_test_parts_are_of_one_kind(capsys):
+    """Whatever else lies in one of them."""
+    x = numbers(shape=(16, 16, 16))
+    write("set/train", x[:12])
+    write("set/test", x[12:], names=[f"{k}" for k in range(12, 16)])
+    write("set/test", x[:5], npy, names=[f"features {k}" for k in range(5)])
+    data = read_images("set", size=16)
+    assert len(data.images) == 12 and len(data.test_images) == 4
+    assert "note: taken 16 of 21 files; left out: 5 .npy" in notes(capsys)
 
 
 def test_runs_on_another_disk(monkeypatch):

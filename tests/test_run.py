@@ -102,8 +102,14 @@ def test_a_loss_may_be_a_plain_number(tmp_path):
     """The bar shows it in the tenth step."""
     args = SimpleNamespace(device="cpu", seed=0, batch=4, accumulate=1, epochs=1)
     run = harness_run.Run(args, SimpleNamespace(images=range(8)), tmp_path, None)
-    run.log({"loss": 0.5, "other": 2})
+    run.log({"loss": 0.5, "other": 2, "undefined": float("nan")})
+    run.model = torch.nn.Linear(2, 2)
+    run.check_finite()                                               # what is only logged may be none
     assert run.loss.item() == 0.5
+    run.log({"loss": float("nan")})
+    run.bar = SimpleNamespace(close=lambda: None)
+    with pytest.raises(SystemExit):
+        run.check_finite()
 
 
 def test_each_step_has_the_schedules_rate(watched):

@@ -51,7 +51,8 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 # ---- One file: what it holds -------------------------------------------------------------------------------
 def look(file, settings):
     """The Kind of a file, by its head; any of Pillow's and tifffile's errors if it cannot be read."""
-    kind = ending(file)
+    with open(file, "rb"):                               # rights and the disk come first, in their own words
+        kind = ending(file)
     if kind == ".npy":
         array = np.load(file, mmap_mode="r")
         if array.dtype.kind not in "biuf":
@@ -101,23 +102,25 @@ def look_into_tiff(file, pages):
 
 def series_of(tiff):
     """The series of a TIFF that are as its first, pages written one by one or positions of a stage; and how
-    many pages the others have, of other sizes or kinds."""
-    alike, left_out = [], 0
-    for series in tiff.series:
-        if (series.axes, series.shape, series.dtype) == (
-                tiff.series[0].axes, tiff.series[0].shape, tiff.series[0].dtype):
-            alike.append(series)
-        else:
-            left_out += len(series.pages)
-    return alike, left_out
+    many pages the others have, of other sizes or kinds. What OME's lines name in other files is left out."""
+    there = tiff.series
+    if tiff.is_ome:
+        own = [series for series in there if all(page and page.parent is tiff for page in series.pages)]
+        there = own or there
+
+    def kind(series):
+        return series.axes, series.shape, series.dtype, series.keyframe.photometric
+
+    alike = [series for series in there if kind(series) == kind(there[0])]
+    return alike, sum(len(series.pages) for series in there) - sum(len(series.pages) for series in alike)
 
 
 def read_series(alike):
-    """Their numbers as one array, and the letters of its axes. Where 0 is white it is turned round, as Pillow
-    does."""
+    """Their numbers as one array, and the letters of its axes. Of 8 bits where 0 is white it is turned round,
+    as Pillow does; deeper ones keep their numbers, as Pillow leaves them."""
     refuse_gaps([page for series in alike for page in series.pages])
     x = np.stack([series.asarray() for series in alike]) if len(alike) > 1 else alike[0].asarray()
-    if alike[0].keyframe.photometric.name == "MINISWHITE" and x.dtype.kind in "bu":
+    if alike[0].keyframe.photometric.name == "MINISWHITE" and x.dtype.name in ("bool", "uint8"):
         x = ~x
     return x, "Q" * (len(alike) > 1) + alike[0].axes
 
@@ -193,7 +196,8 @@ def tiff_planes(data, pages):
     """[C, H, W], or [C, pages, H, W] for pages="volume", in the file's own numbers."""
     import tifffile
     with tifffile.TiffFile(BytesIO(data)) as tiff:
-        x, axes = read_series(series_of(tiff)[0])
+        alike, _ = series_of(tiff)
+        x, axes = read_series(alike if pages in ("channels", "volume") else alike[:1])
     channel_axes = [k for k, axis in enumerate(axes) if axis in "CS"]
     page_axes = [k for k, axis in enumerate(axes) if axis not in "CSYX"]
     if pages == "channels":
@@ -421,7 +425,7 @@ def marks_of(files):
 @cache
 def readers():
     """Versions of what reads files: another one may read what this one cannot."""
-    found = [__version__]
+    found = [__version__, "2"]                           # the second way to read TIFFs
     for package in ("pillow", "tifffile", "imagecodecs", "nibabel"):
         try:
             found.append(version(package))
@@ -566,6 +570,8 @@ def write(path, marks, made_by, target, entries, pairs, settings, before=(), old
             part = Path(scratch, "images.npy")
             with open(part, "wb") as out, closing(results):
                 write_rows(out, marks, entries, before, old, results, target)
+            if old is not None:
+                old._mmap.close()                        # Windows replaces no file that is mapped
             part.replace(path)
             found = made_by | {"target": target, "entries": entries}
             text = Path(scratch, "index.json")

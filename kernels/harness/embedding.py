@@ -36,7 +36,7 @@ def files_of(path, prepare):
     if not path.is_dir():
         return [path.name], lambda row: prepare.array(path)
     there = all_files(path)
-    files = taken(there)
+    files = taken(there, 1)
     names = [os.path.relpath(file, path) for file in files]
     if not names:
         raise ValueError(f"{path} holds no files that end in {', '.join(sorted(IMAGES))}, .nii or .npy")

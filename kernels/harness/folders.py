@@ -31,12 +31,12 @@ def all_files(folder):
     return sorted(files, key=lambda file: file.parts)
 
 
-def taken(files):
-    """Of these the images, the NIfTI volumes or the .npy arrays: the first kind of which there are five, a
-    set; else that of which there are most."""
+def taken(files, least=5):
+    """Of these the images, the NIfTI volumes or the .npy arrays: the first kind of which there are so many as
+    a set must have; else that of which there are most."""
     kinds = [[file for file in files if ending(file) in endings]
              for endings in (IMAGES, NIFTI, (".npy",))]
-    return next((found for found in kinds if len(found) >= 5), max(kinds, key=len))
+    return next((found for found in kinds if len(found) >= least), max(kinds, key=len))
 
 
 def left_out(files, kept):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ..collapse import _Rows, collapse_panel, verdict
 from .files import atomic_write
+from .processes import print_any_name
 
 HEALTHY, COLLAPSED, UNKNOWN, MISTAKE = 0, 3, 4, 2
 TRIED = "embeddings", "features", "z", "h", "test_features", "train_features"      # keys, in this order
@@ -96,7 +97,10 @@ def read_table(path):
 
     # Names: words above numbers; or, where the others are numbers (0, 1, ...) as kernels.embed writes them,
     # one of these words above words.
-    named = len(lines) > 1 and any(
+    named = len(lines) > 1 and len(lines[0]) > 2 and lines[0] == [str(k) for k in range(len(lines[0]))]
+    if named:                                            # as pandas writes it, without its index
+        print(f"{path}: the first line, 0, 1, 2, ..., is taken as names of columns")
+    named = named or len(lines) > 1 and any(
         number(above) is None and (number(below) is not None or above.strip().lower() in COLUMNS)
         for above, below in zip(*lines[:2]))
     rows = lines[named:]
@@ -132,28 +136,28 @@ def as_floats(x, path):
 
 
 def label_column(path, key):
-    """Words of a .csv of one column, or of that of several whose first line says class or label, or `key`."""
+    """Lines of a file of one column; of several that whose first line says class or label, or `key`."""
     import csv
-    with open(path, newline="", encoding="utf-8-sig") as text:
-        rows = [[word.strip() for word in row] for row in csv.reader(text) if any(map(str.strip, row))]
-    heads = rows[0] if rows else []
-    column = 0
-    if len(heads) > 1:
-        wanted = [key] if key else ["class", "label", "classes", "labels", "target", "y"]
-        found = [head for name in wanted for head in heads if name in (head, head.lower())]
-        if not found:
-            raise ValueError(f"{path} has the columns {', '.join(heads)}: say which are the labels, by "
-                             "--labels-key")
-        column = heads.index(found[0])
-    if any(len(row) <= column for row in rows):
+    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+    rows = [[word.strip() for word in row] for row in reader]
+    if not rows or len(rows[0]) == 1:
+        return [line.strip() for line in lines]
+    heads, *rows = rows
+    wanted = [key] if key else ["class", "label", "classes", "labels", "target", "y"]
+    found = [head for name in wanted for head in heads if name in (head, head.lower())]
+    if not found:
+        raise ValueError(f"{path} has the columns {', '.join(heads)}: say which are the labels, by "
+                         "--labels-key")
+    if any(len(row) != len(heads) for row in rows):
         raise ValueError(f"{path} is no table of rows of one length")
-    return [row[column] for row in rows]
+    return [row[heads.index(found[0])] for row in rows]
 
 
 def read_labels(path, key, count):
     """Labels [N] as numbers, and what they are called."""
     path = Path(path)
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         words = label_column(path, key)
         words = words[-count:] if len(words) == count + 1 else words         # the column has a name
     elif path.suffix.lower() == ".npz":
@@ -193,7 +197,7 @@ def plot(z, path, sentence):
     middle.set(title="share of the variance", xlabel="component", ylim=(None, 1.5))
     right.hist((distances / typical).numpy(), bins=60, range=(0, max(1, float((distances / typical).max()))))
     right.set(title="distance to the nearest other", xlabel="in distances of two images (root mean square)")
-    figure.suptitle(sentence, fontsize=10, wrap=True)
+    figure.suptitle(sentence.replace("$", r"\$"), fontsize=10, wrap=True)
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=120)
 
@@ -203,8 +207,8 @@ def code_of(sentence):
     """Of a sentence of verdict(); where a part is not finite and the rest has collapsed, that of the rest."""
     if sentence.startswith("No collapse"):
         return HEALTHY
-    _, _, rest = sentence.partition("The rest: ")
-    return COLLAPSED if "COLLAPSE" in (rest or sentence).split(":")[0] else UNKNOWN
+    _, _, rest = sentence.rpartition("The rest: ")
+    return COLLAPSED if "COLLAPSE" in rest.split(":")[0] else UNKNOWN
 
 
 def in_words(value):
@@ -218,6 +222,7 @@ def embeddings(names, key):
 
 
 def main():
+    print_any_name()
     codes = "Exit code 0: no collapse; 3: collapsed; 4: cannot tell, or not yet; 2: a mistake."
     parser = argparse.ArgumentParser("python -m kernels.collapse", allow_abbrev=False, epilog=codes,
                                      description="Have these embeddings collapsed? A panel and one sentence.")

@@ -114,7 +114,9 @@ class Prepare:
         elif channels == (1, 3):
             found.append("gray, taken as three equal channels")
         if kind.left_out:
-            found.append("more pages or frames than the first, which is taken")
+            whole = self.settings.pages in ("channels", "volume")
+            found.append("pages or frames that are not taken" if whole else
+                         "more pages or frames than the first, which is taken")
         with self.lock:
             self.taken_as.update(found)
 

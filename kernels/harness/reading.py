@@ -69,7 +69,6 @@ def names_of(files, most=3):
 def list_files(path):
     """All images of a folder as File, those of the training part first."""
     files = []
-    looked_at = []
     parts = folders.splits(path)
     beside = [item.name for item in sorted(path.iterdir()) if item not in parts and item.name[0] != "."
               and (item.is_dir() or ending(item) in IMAGES)]
@@ -77,10 +76,11 @@ def list_files(path):
         more = f" and {len(beside) - 5:,} more" if len(beside) > 5 else ""
         print(f"note: taken is what lies in {' and '.join(part.name for part in parts)}; left out, since "
               f"beside: {', '.join(beside[:5])}{more}")
-    for part in parts:
-        there = folders.all_files(part)
-        looked_at += there
-        files += [File(file, part, str(file.relative_to(path))) for file in folders.taken(there)]
+    below = {part: folders.all_files(part) for part in parts}
+    looked_at = [file for there in below.values() for file in there]
+    chosen = {*folders.taken(looked_at)}
+    for part, there in below.items():
+        files += [File(file, part, str(file.relative_to(path))) for file in there if file in chosen]
     if len(files) < 5:
         endings = ", ".join(sorted(IMAGES))
         raise ValueError(f"{path} holds {len(files)} files that end in {endings}, .nii or .npy: 5 at least "

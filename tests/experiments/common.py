@@ -24,10 +24,11 @@ VIEWS_OF = {"digits": ["--views", "poses"]}                              # of co
 
 # ---- Runs --------------------------------------------------------------------------------------------------
 def run(folder, script, options):
-    """The report of one run, which is not repeated if it is already there, made by the same command."""
+    """The report of one run, which is not repeated if it is already there, made by the same command as far as is known."""
     command = [str(script), *map(str, options)]
     kept = folder / "command.json"
-    if not ((folder / "report.json").exists() and kept.exists() and json.loads(kept.read_text()) == command):
+    same = not kept.exists() or json.loads(kept.read_text()) == command
+    if not (same and (folder / "report.json").exists()):
         shutil.rmtree(folder, ignore_errors=True)                        # what a kill left of it
         subprocess.run([sys.executable, ROOT / script, "--out", folder, "--device", "cpu", *options], check=True,
                        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
