@@ -138,7 +138,7 @@ def main():
         print("\nno options differ")
     images = {run["config"].get("digest") for run in runs}
     if len(images) > 1:
-        print("\nnote: these runs were trained on different images: their accuracies are not of one test")
+        print("\nnote: these runs have different images or labels: their accuracies are not of one test")
     if not any(run["history"] for run in runs):
         print("\nno picture: no run has ended an epoch yet")
         return

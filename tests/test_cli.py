@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kernels.harness import cli
+from kernels.harness.images import Data, digest
 from scripts import ALL, ONE, ROOT, SMALL, Run, call, command, said, saved
 
 
@@ -73,6 +74,15 @@ def run_folder(checkpoint=None):
 def foreign_checkpoint(folder):
     (folder / "half").mkdir()
     torch.save({"config": Path("anything")}, folder / "half" / "last.pt")            # torch explains in many lines
+
+
+def test_the_mark_of_a_set_is_of_its_test_images_and_labels_too():
+    x, y = torch.rand(20, 1, 4, 4), torch.arange(20) % 2
+    data = Data(x, y, x[:8], y[:8], ("a", "b"))
+    marks = {digest(data), digest(data._replace(test_images=x[1:9])), digest(data._replace(test_labels=1 - y[:8])),
+             digest(data._replace(labels=1 - y)), digest(data._replace(classes=("a", "c"))), digest(data._replace(images=x[1:])),
+             digest(data._replace(test_images=x[:7])), digest(data._replace(labels=None, test_labels=None, classes=()))}
+    assert len(marks) == 8 and digest(Data(x.clone(), y, x[:8].clone(), y[:8], ("a", "b"))) in marks
 
 
 def used_folder(folder):
@@ -143,7 +153,7 @@ def test_changed_data_are_not_trained_on(finished, capsys):
     arrays = dict(np.load(finished / "small.npz"))
     arrays["train_images"][3] += 1
     np.savez(finished / "small.npz", **arrays)
-    said(capsys, call(finished, "--resume", "run"), "holds other images")
+    said(capsys, call(finished, "--resume", "run"), "holds other images or labels")
 
 
 def test_another_scripts_run_is_not_resumed(finished, capsys):

@@ -43,7 +43,7 @@ def test_a_run_that_has_not_ended_and_other_images(runs):
     (runs / "other" / "config.json").write_text(json.dumps(config | {"digest": 1}))
     done = run_compare(runs, "run", "other", "--out", "c.svg")
     assert done.returncode == 0 and "not ended" in done.stdout and (runs / "c.svg").exists()
-    assert "note: these runs were trained on different images" in done.stdout
+    assert "note: these runs have different images or labels" in done.stdout
 
 
 def test_a_run_that_is_being_made_longer_has_no_old_accuracies(runs):

@@ -129,6 +129,37 @@ def test_files_of_labels(place, name, text):
     assert done.returncode == 3 and "1 of 2 classes (rare)" in done.stdout, done.stderr or done.stdout
 
 
+@pytest.mark.parametrize("form", ["csv", "npz", "npy", "features.npz"])
+@pytest.mark.parametrize("mark", [",", ";"])
+def test_labels_of_a_table_go_by_the_names_of_files(place, form, mark):
+    """Whatever the order of its rows."""
+    z = np.load(place / "rare.npy")
+    names = [f"sub/{k}.png" for k in range(len(z))]
+    named = place / f"named rows.{form}"
+    if form == "csv":
+        rows = [f"{name}," + ",".join(map(str, row)) for name, row in zip(names, z)]
+        named.write_text("\n".join(["file," + ",".join(map(str, range(24))), *rows]) + "\n")
+    elif form == "npy":
+        np.save(named, z)
+        named.with_suffix(".txt").write_text("\n".join(names) + "\n")
+    else:
+        prefix = "test_" if form == "features.npz" else ""
+        np.savez(named, **{f"{prefix}features": z, f"{prefix}files": names})
+    order = np.random.default_rng(0).permutation(len(z))
+    rows = [f"{names[k]}{mark}{'rare' if k >= 390 else 'cat'}" for k in order]
+    (place / "by name.csv").write_text("\n".join([f"file{mark}class", *rows]) + "\n")
+    done = run(place, named.name, "--labels", "by name.csv")
+    assert done.returncode == 3 and "1 of 2 classes (rare)" in done.stdout, done.stderr or done.stdout
+    (place / "by name.csv").write_text("\n".join([f"file{mark}class", *rows[1:]]) + "\n")
+    done = run(place, named.name, "--labels", "by name.csv")
+    assert done.returncode == 2 and "has no row for 1 of 400 embeddings, as sub/" in done.stderr
+
+
+def test_labels_that_a_run_wrote_beside_its_features(place):
+    np.savez(place / "run.npz", test_features=np.load(place / "rare.npy"), test_labels=[0] * 390 + [1] * 10, test_files=np.arange(400))
+    assert run(place, "run.npz", "--labels", "run.npz").returncode == 3
+
+
 def test_labels_that_lack_a_row_are_refused(place):
     (place / "l.csv").write_text("file,class\n" + "".join(f"{k}.png,cat\n" for k in range(399)))
     done = run(place, "rare.npy", "--labels", "l.csv")

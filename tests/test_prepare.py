@@ -234,6 +234,33 @@ def test_npy_files_are_as_the_rows_of_an_archive(shape, kind):
         prepare("own.npy")
 
 
+def test_the_pages_of_a_stack_are_its_images_when_embedded_too():
+    x = noise(20, 2, 16, 12, kind="u2", high=4000)
+    tifffile.imwrite("stack.tif", x, imagej=True, metadata={"axes": "TCYX"})
+    finish(read_data("stack.tif"))
+    prepare = load_encoder("run")[1]
+    names, read = embedding.open_data("stack.tif", prepare)
+    assert len(names) == 20
+    torch.testing.assert_close(prepare.scale(read(3)[None]), prepare(x[3]), rtol=0, atol=0)
+    finish(read_data(every(twelve_bits)(), size=16), "other")
+    trained = load_encoder("other")[1]
+    tifffile.imwrite("pages.tif", noise(3, 30, 20, kind="u2", high=4096), photometric="minisblack")
+    names, read = embedding.open_data("pages.tif", trained)
+    assert names == ["pages.tif"] and read(0).shape == (1, 16, 16)       # as of the files of its folder: the first page
+
+
+@pytest.mark.parametrize("kind, other", [("f4", "f8"), ("f8", "f4"), ("f8", "f2")])
+def test_floats_of_any_size_are_one_kind(kind, other):
+    Path("set").mkdir()
+    for k in range(COUNT):
+        tifffile.imwrite(f"set/{k:02}.tif", noise(16, 16, kind=kind, high=4095, seed=k))
+    finish(read_data("set", size=16))
+    prepare = load_encoder("run")[1]
+    x = noise(16, 16, kind=other, high=4095, seed=3)
+    tifffile.imwrite("other.tif", x)
+    torch.testing.assert_close(prepare("other.tif"), prepare(x), rtol=0, atol=0)
+
+
 def test_channels_that_are_no_colours_are_none_to_an_encoder_of_photographs():
     prepare = trained_on(turned)
     tifffile.imwrite("two.tif", noise(2, 40, 24), imagej=True, metadata={"axes": "CYX"})

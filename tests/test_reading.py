@@ -604,6 +604,9 @@ def test_options_that_do_nothing_are_named(capsys):
     write("set", numbers())
     read_images("set", size=16, channels_last=True)
     assert f"note: --channels-last: {without}" in notes(capsys)
+    write("volumes", numbers("f4", 0, 9, (12, 6, 7, 8)), npy)
+    read_images("volumes", size=32, fit="pad", pages="volume")
+    assert f"note: --size, --fit, --pages: {without}" in notes(capsys)
     read_data("digits", size=32, labels="top", value_range=("dtype",))
     assert f"note: --size, --labels, --range: {without}" in notes(capsys)
     np.save("x.npy", numbers(shape=(20, 8, 8, 5)))
@@ -1203,7 +1206,51 @@ def test_labels_of_a_table(named, capsys):
     assert [*data.classes] == ["wasser, kalt", "öl"]
     for labels, names in ((data.labels, data.files), (data.test_labels, data.test_files)):
         assert [data.classes[label] for label in labels] == [kinds[name] for name in names]
-    assert notes(capsys) == [f"note: left out 2 images that are in no row of labels.csv: {files[0]}, {files[1]}"]
+    assert notes(capsys) == [f"note: left out 2 images that are in no row of labels.csv with a class: {files[0]}, {files[1]}"]
+
+
+def test_tables_as_people_write_them(capsys):
+    """Capitals and spaces in the first line, semicolons, the other way to write an accent, another system's slashes."""
+    import unicodedata
+    write("set/a", numbers(), names=[f"Gr\u00f6\u00dfe {k:02}" for k in range(20)])
+    rows = [f"a\\Gr\u00f6\u00dfe {k:02}.png; {'krank ' if k % 2 else 'gesund'};P{k // 4} ;x" for k in range(20)]
+    lines = ["File; Class ;Group;Patient", *rows, "a\\gone.png;krank;P9;x"]
+    Path("table.csv").write_text(unicodedata.normalize("NFD", "\n".join(lines)) + "\n")
+    data = read_images("set", size=16, labels="table.csv")
+    assert list(data.classes) == ["gesund", "krank"] and len(data.files) + len(data.test_files) == 20
+    patients = [{int(name[-6:-4]) // 4 for name in side} for side in (data.files, data.test_files)]
+    assert not patients[0] & patients[1]
+    said = capsys.readouterr().out
+    assert "--labels table.csv: columns file, class and group, of which none is split; left out: patient" in said
+    assert "note: 1 rows of table.csv name no file that is there" in said
+    Path("table.csv").write_text("file,class,patient\n" + "".join(f"{k:02}.png,{k % 2},{k // 4}\n" for k in range(20)))
+    write("flat", numbers(), names=[f"{k:02}" for k in range(20)])
+    read_images("flat", size=16, labels="table.csv")
+    assert "columns file, class no group: any may be split; left out: patient" in capsys.readouterr().out
+    Path("table.csv").write_text("file,class,group\n00.png,0,a\n00.png,0,b\n01.png,1,a\n")
+    with pytest.raises(ValueError, match="gives 00.png the groups a and b"):
+        read_images("flat", size=16, labels="table.csv")
+    Path("table.csv").write_bytes("file,class\nGr\u00f6\u00dfe.png,0\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="is no UTF-8: save it as CSV UTF-8"):
+        read_images("flat", size=16, labels="table.csv")
+    with pytest.raises(ValueError, match="no image lies in a subfolder or has a class: leave out --labels top"):
+        read_images("flat", size=16, labels="top")
+
+
+@pytest.mark.parametrize("kind, usual, bright", [("u2", 2000, 65535), ("u1", 20, 250), ("f4", 1., 1000.)])
+def test_one_bright_image_that_sets_the_range_is_said(kind, usual, bright, capsys):
+    x = numbers(kind, 0, usual, (40, 16, 16))
+    np.savez("x.npz", train_images=x)
+    read_images("x.npz")
+    assert not any("half of the images" in line for line in notes(capsys)) or kind == "u1"
+    x[7] = bright
+    x[7, :8] = 0.9 * bright
+    np.savez("x.npz", train_images=x)
+    read_images("x.npz")
+    said, = [line for line in notes(capsys) if "half of the images stay below" in line]
+    assert "--range LOW HIGH" in said
+    read_images("x.npz", value_range=(0, usual))
+    assert not any("half of the images" in line for line in notes(capsys))
 
 
 def test_no_group_is_on_both_sides():

@@ -316,7 +316,7 @@ def test_resume_with_more_epochs_as_a_user_does(run):
     assert after["report"] != before["report"] and again == after    # that has ended, too
     assert json.loads((run.folder / "runs" / "vicreg-1" / "config.json").read_text())["epochs"] == 5
     for done, words in zip(run.done[3:], ("--epochs 5: the run stands at 5 of its 5", "--epochs 2: the run stands at 5 of its 5",
-                                          "--epochs 9: the run stands at 4 of its 5; it can be made longer than these once")):
+                                          "--epochs 9: the run stands at 4 of its 5; once it has ended it can be made longer")):
         assert words in done.stderr
 
 

@@ -180,8 +180,8 @@ def parse(parser):
         die(f"cannot resume {args.resume}, its last.pt does not serve ({error}): start a new run")
     if "--epochs" in typed():
         if not done == args.epochs < epochs:
-            die(f"--epochs {epochs}: the run stands at {done} of its {args.epochs}; it can be made longer "
-                "than these once it has ended")
+            die(f"--epochs {epochs}: the run stands at {done} of its {args.epochs}; once it has ended it "
+                "can be made longer, by more than these")
         args.epochs = epochs
     return argparse.Namespace(**vars(args) | not_typed), state
 
@@ -243,9 +243,9 @@ def load_data(args):
         die(f"{there}: --batch {args.batch} x {args.accumulate} needs as many for training: lower --batch")
     if args.amp != "off" and "cpu" in args.device and len(data.images.shape) == 5:
         die("--amp with volumes needs a GPU: on CPUs oneDNN's bf16 gradient is wrong on 2 x 2 x 2 canvases")
-    found = digest(data.images)
+    found = digest(data)
     if args.digest not in (None, found):
-        die(f"cannot resume: {args.data} holds other images than those this run began with")
+        die(f"cannot resume: {args.data} holds other images or labels than those this run began with")
     args.digest = found
     args.numbers = data.numbers
     torch.manual_seed(args.seed)                                     # what comes next has random weights

@@ -425,7 +425,7 @@ def marks_of(files):
 @cache
 def readers():
     """Versions of what reads files: another one may read what this one cannot."""
-    found = [__version__, "2"]                           # the second way to read TIFFs
+    found = [__version__]
     for package in ("pillow", "tifffile", "imagecodecs", "nibabel"):
         try:
             found.append(version(package))

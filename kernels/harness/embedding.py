@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .arrays import Raw
+from .arrays import Raw, read_tiff_stack
 from .decode import Settings, for_each, one_line
 from .digits import posed_digits
 from .files import atomic_write, atomic_write_text, write_npy_header
@@ -25,7 +25,7 @@ from .images import sample_rows
 from .page import write_page
 from .prepare import load_encoder
 from .reading import read_arrays
-from .sources import BUILT_IN, IMAGES, NIFTI, ending, problem
+from .sources import BUILT_IN, IMAGES, NIFTI, TIFFS, ending, problem
 
 COMPARED = 10_000                                        # features, at most, for the page
 
@@ -36,7 +36,7 @@ def files_of(path, prepare):
     if not path.is_dir():
         return [path.name], lambda row: prepare.array(path)
     there = all_files(path)
-    files = taken(there, 1)
+    files = taken(there, 1 if prepare.target["photo"] else 5)
     names = [os.path.relpath(file, path) for file in files]
     if not names:
         raise ValueError(f"{path} holds no files that end in {', '.join(sorted(IMAGES))}, .nii or .npy")
@@ -62,6 +62,17 @@ def rows_of(found, prepare):
     return names, read
 
 
+def pages_of(path, prepare):
+    """What a TIFF is as a stack, if its pages are images such as training's; else None: it is one image."""
+    try:
+        found = read_tiff_stack(path)
+    except ValueError:
+        return None
+    count, *shape = found["train_images"].array.shape
+    own = prepare.target["shape"]
+    return found if count > 1 and shape in (own, [1, *own]) and not prepare.target["volumes"] else None
+
+
 def open_data(name, prepare):
     """Of any --data, or one image file; ValueError or OSError if it cannot be read."""
     path = Path(name)
@@ -70,7 +81,8 @@ def open_data(name, prepare):
         sets = {"train_images": data.images, "test_images": data.test_images}
         return rows_of({key: Raw(x.numpy(), "first") for key, x in sets.items()}, prepare)
     if path.is_file() and ending(path) in (*IMAGES, *NIFTI):
-        return files_of(path, prepare)
+        stack = pages_of(path, prepare) if ending(path) in TIFFS else None
+        return rows_of(stack, prepare) if stack else files_of(path, prepare)
     wrong = problem(name)
     if wrong:
         raise ValueError(wrong)
@@ -220,7 +232,13 @@ def command(args):
 def query_of(file, encoder, prepare):
     try:
         with torch.inference_mode():
-            return encoder(prepare(file))
+            query = encoder(prepare(file))
+        for what in prepare.taken_as:
+            print(f"--like {file}: {what}")
+        if prepare.outside:
+            share = prepare.outside / prepare.seen
+            print(f"--like {file}: {share:.2%} of its pixels lie outside training's range, and are cut")
+        return query
     except Exception as error:                           # any of Pillow's
         raise ValueError(f"--like {file} cannot be read ({one_line(error)})")
 

@@ -1,6 +1,7 @@
 """What lies in a folder: which files are images, in which split they are, of which class."""
 import csv
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -94,41 +95,69 @@ def top_folder(file, folder):
     return first if rest else None
 
 
+def delimiter_of(lines):
+    """What stands between the columns: in the first line a comma, or else a semicolon or a tab."""
+    first = lines[0] if lines else ""
+    return next((mark for mark in ",;\t" if mark in first), ",")
+
+
+def same_name(name):
+    """Of a file, however its letters and accents are written."""
+    return unicodedata.normalize("NFC", str(Path(name)))
+
+
 def by_table(files, folder, table):
     """--labels FILE.csv -> class of each file, group of each file; None for what the table does not say.
 
-    Columns file, class and perhaps group, by these names in the first line. A file is named relative to the
-    folder, or by its name alone if that is one file's. ValueError for a table that is not of this form.
+    Columns file, class and perhaps group, by these names in the first line, between commas, semicolons or
+    tabs. A file is named relative to the folder, or by its name alone if that is one file's. What was used,
+    and what rows name no file, is printed. ValueError for a table that is not of this form.
     """
     try:
         with open(table, newline="", encoding="utf-8-sig") as text:
             lines = list(text)
         if any("\0" in line for line in lines):
             raise csv.Error("it is no text")
-        rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.reader(lines, delimiter=delimiter_of(lines))
+        cells = [[cell.strip() for cell in row] for row in reader]
+    except UnicodeDecodeError:
+        raise ValueError(f"--labels {table} is no UTF-8: save it as CSV UTF-8")
+    except (OSError, csv.Error) as error:
         raise ValueError(f"--labels {table} cannot be read ({error})")
-    columns = [*rows[0]] if rows else []
+    columns, *cells = [row for row in cells if any(row)] or [[]]
+    columns = [name.lower() for name in columns]
+    rows = [dict.fromkeys(columns) | dict(zip(columns, row)) for row in cells]
     if not {"file", "class"} <= {*columns}:
         there = ", ".join(map(str, columns)) or "none"
         raise ValueError(f"--labels {table} has the columns {there}: its first line must name file and "
                          "class, and may name group")
     known = {}
     for row in rows:
-        name = str(Path(row["file"] or ""))
-        if known.setdefault(name, row)["class"] != row["class"] and row["file"]:
-            raise ValueError(f"--labels {table} gives {name} the classes {known[name]['class']} and "
-                             f"{row['class']}: one of them has to go")
-    names = Counter(file.name for file in files)
-    found = []
+        name = same_name(row["file"] or "")
+        for what, many in (("class", "classes"), ("group", "groups")):
+            own = known.setdefault(name, row).get(what)
+            if own != row.get(what) and row["file"]:
+                raise ValueError(f"--labels {table} gives {name} the {many} {own} and {row[what]}: one of "
+                                 "them has to go")
+    names = Counter(same_name(file.name) for file in files)
+    written = {name.replace("\\", os.sep): name for name in known} | {name: name for name in known}
+    found, used = [], set()
     for file in files:
-        row = known.get(str(file.relative_to(folder)))
-        if row is None and names[file.name] == 1:
-            row = known.get(file.name)
-        found.append(row)
+        own = [same_name(file.relative_to(folder)), same_name(file.name)]
+        own = own[:1 + (names[own[1]] == 1)]                 # by its name alone if that is one file's
+        name = next((written[name] for name in own if name in written), None)
+        used.add(name)
+        found.append(known.get(name))
     if not any(found):
         raise ValueError(f"--labels {table} names none of the {len(files):,} files, of which the first is "
                          f"{files[0].relative_to(folder)}")
+    others = [name for name in columns if name not in ("file", "class", "group")]
+    unused = [name for name in known if name not in used and name]
+    group = "and group, of which none is split" if "group" in columns else "no group: any may be split"
+    print(f"--labels {table}: columns file, class {group}"
+          + f"; left out: {', '.join(others)}" * bool(others))
+    if unused:
+        print(f"note: {len(unused):,} rows of {table} name no file that is there, as {unused[0]}")
     classes = [row["class"] or None if row else None for row in found]
     groups = [row.get("group") or None if row else None for row in found]
     return classes, groups

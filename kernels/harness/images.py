@@ -98,10 +98,16 @@ def sample_rows(n, most):
     return fixed_order(n)[:most].sort().values
 
 
-def digest(images):
-    """CRC-32 of 100 of the images, begun with how many there are: whether a resumed run finds its own."""
-    looked_at = images[sample_rows(len(images), 100)]
-    return zlib.crc32(looked_at.numpy().tobytes(), len(images))
+def digest(data):
+    """CRC-32 of 100 training and 100 test images, of how many there are, of all labels and classes: whether a
+    resumed run finds its own, and whether two runs' accuracies are of one test."""
+    mark = zlib.crc32("\n".join(map(str, data.classes)).encode(errors="replace"))
+    for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
+        looked_at = images[sample_rows(len(images), 100)]
+        mark = zlib.crc32(looked_at.numpy().tobytes(), mark ^ len(images))
+        if labels is not None:
+            mark = zlib.crc32(labels.numpy().tobytes(), mark)
+    return mark
 
 
 @torch.no_grad()
@@ -166,6 +172,18 @@ def some_numbers(images, most=2**22):
     return np.concatenate(parts)
 
 
+def tell_of_dark(name, images, low, high):
+    """A note where most images leave most of the range to a few."""
+    step = max(1, images[:1].numel() // 10_000)
+    brightest = [np.percentile(images.numbers(row).ravel()[::step].astype(np.float64), 99.9)
+                 for row in sample_rows(len(images), 50).split(1)]
+    middle = float(np.median(brightest))
+    if middle < low + (high - low) / 5:
+        share = (middle - low) / (high - low)
+        print(f"note: {name}: half of the images stay below {middle:,.6g}, {share:.0%} of the range "
+              f"{low:,.6g} to {high:,.6g}, which few others fill; --range LOW HIGH decides otherwise")
+
+
 def to_unit(name, found, wanted=None, kind=None):
     """{key: Raw} of one set -> {key: Images or tensor}, and what became of the numbers: one rule for all.
 
@@ -190,6 +208,8 @@ def to_unit(name, found, wanted=None, kind=None):
         low, high, rule = number_range(kind or dtype, sample, wanted)
     except ValueError as error:
         raise ValueError(f"{name}: {error}")
+    if not wanted:
+        tell_of_dark(name, plain["train_images"], low, high)
     outside = float(((sample < low) | (sample > high)).mean())
     scaled = {key: tensor_or_images(Images(raw, low, high), outside) for key, raw in sets.items()}
     numbers = {"dtype": str(kind or dtype), "low": low, "high": high, "rule": rule, "outside": outside}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ..collapse import _Rows, collapse_panel, verdict
 from .files import atomic_write
+from .folders import delimiter_of, same_name
 from .processes import print_any_name
 
 HEALTHY, COLLAPSED, UNKNOWN, MISTAKE = 0, 3, 4, 2
@@ -135,11 +136,33 @@ def as_floats(x, path):
     return x
 
 
-def label_column(path, key):
-    """Lines of a file of one column; of several that whose first line says class or label, or `key`."""
+def names_of(path, key, count):
+    """The names of embeddings' images, where their file has them: as kernels.embed and runs write it."""
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind == ".npz":
+        with np.load(path) as found:
+            keys = ["train_files"] if key == "train_features" else ["files", "test_files", "train_files"]
+            there = [found[name] for name in keys if name in found.files]
+        names = next((names for names in there if names.size == count), [])
+    elif kind == ".csv":
+        import csv
+        with open(path, newline="", encoding="utf-8-sig") as text:
+            heads, *rows = csv.reader(text)
+        names = [row[0] for row in rows if row] if heads[0] in ("file", "files", "name") else []
+    elif path.with_suffix(".txt").is_file():
+        names = path.with_suffix(".txt").read_text().splitlines()
+    else:
+        names = []
+    return [*map(str, names)] if len(names) == count else None
+
+
+def label_column(path, key, names):
+    """Lines of a file of one column; of several that whose first line says class or label, or `key`, by the
+    names of the embeddings' images where both have them."""
     import csv
     lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+    reader = csv.reader(lines, delimiter=delimiter_of(lines))
     rows = [[word.strip() for word in row] for row in reader]
     if not rows or len(rows[0]) == 1:
         return [line.strip() for line in lines]
@@ -151,21 +174,34 @@ def label_column(path, key):
                          "--labels-key")
     if any(len(row) != len(heads) for row in rows):
         raise ValueError(f"{path} is no table of rows of one length")
-    return [row[heads.index(found[0])] for row in rows]
+    labels = [row[heads.index(found[0])] for row in rows]
+    lower = [head.lower() for head in heads]
+    if "file" not in lower or names is None:
+        print(f"note: {path}: rows are taken in their order")
+        return labels
+    known = {same_name(row[lower.index("file")]): label for row, label in zip(rows, labels)}
+    wanted = [same_name(name) for name in names]
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        raise ValueError(f"{path} has no row for {len(missing):,} of {len(names):,} embeddings, as "
+                         f"{missing[0]}")
+    return [known[name] for name in wanted]
 
 
-def read_labels(path, key, count):
-    """Labels [N] as numbers, and what they are called."""
+def read_labels(path, key, count, names=None):
+    """Labels [N] as numbers, and what they are called. names: of the embeddings' images, if known."""
     path = Path(path)
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        words = label_column(path, key)
+        words = label_column(path, key, names)
         words = words[-count:] if len(words) == count + 1 else words         # the column has a name
     elif path.suffix.lower() == ".npz":
         with np.load(path) as found:
-            names = [name for name in found.files if found[name].size == count]
-            if not key and len(names) != 1:
-                raise ValueError(f"{path} has {len(names)} arrays of {count}: say which, by --labels-key")
-            words = found[key or names[0]].ravel()
+            there = [name for name in found.files if found[name].size == count]
+            own = [name for name in there if "label" in name] if len(there) > 1 else there
+            if not key and len(own) != 1:
+                raise ValueError(f"{path} has {len(there)} arrays of {count} ({', '.join(there)}): say "
+                                 "which, by --labels-key")
+            words = found[key or own[0]].ravel()
     else:
         words = np.asarray(read(path)).ravel()
     if len(words) != count:
@@ -246,7 +282,8 @@ def main():
         z, *views = embeddings([args.file, *args.views], args.key)
         labels = names = None
         if args.labels:
-            labels, names = read_labels(args.labels, args.labels_key, len(z))
+            files = names_of(args.file, args.key, len(z))
+            labels, names = read_labels(args.labels, args.labels_key, len(z), files)
         panel = collapse_panel(z, *views, labels=labels)
         if names is not None:
             panel["classes at one point"] = [str(names[k]) for k in panel.get("classes at one point", [])]

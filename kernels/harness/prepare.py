@@ -83,13 +83,19 @@ class Prepare:
         kind = decode.look(file, self.settings)
         if ending(file) == ".npy":
             return self.from_array(np.load(file))
-        self.refuse_other_numbers(kind.dtype)
+        dtype = self.own_float(kind.dtype)
+        self.refuse_other_numbers(dtype)
         if self.target["photo"] and not kind.photo:
             raise ValueError(f"it holds {kind.channels} channels that are not said to be colours, training's "
                              "images are photographs")
-        x, _ = decode.decode((file, kind), self.settings, self.target)
+        x, _ = decode.decode((file, kind._replace(dtype=dtype)), self.settings, self.target)
         self.note(kind)
-        return self.to_unit(x, kind.dtype)
+        return self.to_unit(x, dtype)
+
+    def own_float(self, dtype):
+        """Floats of any size are as training's."""
+        of = self.target["of"]
+        return of if dtype.startswith("float") and of.startswith("float") else dtype
 
     def refuse_other_numbers(self, dtype):
         of, ranges = self.target["of"], self.target["ranges"]
@@ -138,8 +144,7 @@ class Prepare:
         if x.ndim not in (axes, axes + 1) or x.dtype.kind not in "biuf":
             raise ValueError(f"it is {x.dtype} {[*x.shape]}, no image of {axes} axes, or of {axes + 1} with "
                              "channels; several are given as a list")
-        floats = x.dtype.kind == "f" and self.target["of"].startswith("float")
-        dtype = self.target["of"] if floats else x.dtype.name        # float64 as float32
+        dtype = self.own_float(x.dtype.name)
         if dtype == "uint8" and self.target["photo"]:
             flat = x.ndim == 3 and x.shape[2] == 1
             return self.from_image(Image.fromarray(x[..., 0] if flat else x))

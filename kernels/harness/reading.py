@@ -98,8 +98,11 @@ def without_broken(files, path, strict):
         (first, reason), *rest = skipped
         others = f"; {len(rest):,} other" if rest else ""
         allowed = "" if strict else ", of which one in ten may be skipped"
+        remedy = "Repair or remove what is broken"
+        if reason.startswith("its shape is"):
+            remedy = "Bring all to one shape; of TIFFs --pages first takes one page"
         raise ValueError(f"{len(skipped):,} of {len(files):,} files cannot be read{allowed}: {path / first} "
-                         f"({reason}){others}. Repair or remove what is broken")
+                         f"({reason}){others}. {remedy}")
     return [file for file in files if file.entry["row"] is not None], skipped
 
 
@@ -144,8 +147,11 @@ def set_classes(files, path, labels):
     for file, label in zip(files, classes):
         file.label = label
     strays = [file for file in files if file.label is None]
+    if len(strays) == len(files):
+        raise ValueError(f"{path}: no image lies in a subfolder or has a class: leave out --labels {labels}")
     if strays:
-        place = f"in no row of {labels}" if labels not in ("auto", "top") else "in no class folder"
+        table = labels not in ("auto", "top")
+        place = f"in no row of {labels} with a class" if table else "in no class folder"
         print(f"note: left out {len(strays):,} images that are {place}: {names_of(strays)}")
     return [file for file in files if file.label is not None]
 
@@ -189,9 +195,12 @@ def read_folder(path, settings, channels_last, wanted_range, labels, strict):
         file.entry = entry
     files, skipped = without_broken(files, path, strict)
     tell(files, settings)
-    say_unused(channels_last=channels_last and ending(paths[0]) != ".npy")
-
     target = decoded.target
+    fitted = not target["volumes"] and ending(paths[0]) != ".npy"
+    pages = settings.pages if not any(ending(file) in TIFFS for file in paths) else "auto"
+    say_unused(*(() if fitted else settings[:2]), pages=pages,
+               channels_last=channels_last and ending(paths[0]) != ".npy")
+
     array = np.load(decoded.path, mmap_mode="r")
     raw = arrays.Raw(array, "first")
     if target["photo"]:
