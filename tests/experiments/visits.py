@@ -1,6 +1,6 @@
 """How often must an image be visited? Few images seen often beside many seen rarely, as many in all: a table, a figure.
 
-    python tests/experiments/visits.py --data FOLDER                     # hours on 2 cores; goes on where it stopped
+    python tests/experiments/visits.py --data FOLDER --seen 64000        # an hour and a half on 2 cores; goes on where it stopped
 
 N of the training images of Fashion-MNIST (fashion.py says where they are), at random; N / 16 steps an epoch, so many epochs
 that each run sees `--seen` images. Probes know these N and are asked for 4,000 test images. Runs the scripts as a user does,
@@ -23,7 +23,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX files")
     parser.add_argument("--counts", nargs="+", type=int, default=[500, 2000, 8000, 32_000], help="training images")
-    parser.add_argument("--seen", type=int, default=80_000, help="images, by every run")
+    parser.add_argument("--seen", type=int, default=64_000, help="images, by every run")
     parser.add_argument("--seeds", type=int, default=3)
     args = options_of_all(parser, "visits")
     data = read_images(args.data.resolve())
