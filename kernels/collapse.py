@@ -95,23 +95,20 @@ def _gram(z, mean):
 
 
 def _outliers(z):
-    """The few rows, a hundredth at most, of 20 one, that hold over half of the variance, and again of the
-    rest: their numbers in the whole, [k], and their share of it. None if they are more."""
+    """The few rows, a hundredth at most or one, that hold over half of the variance, and again of the
+    rest: their numbers in the whole, [k], and their share of it."""
     everyone = torch.arange(len(z.z), device=z.device) if z.counted is None else z.counted
-    kept, whole, most = everyone, None, len(z) // 100 or len(z) // 20 and 1
-    while most:
+    kept, whole, most = everyone, None, max(1, len(z) // 100)
+    while True:
         rows = _Rows(z.z, kept)
         mean = _mean(rows)
         squares = torch.cat([(part - mean).square().sum(dim=1) for part in rows.parts()])
         whole = squares.sum() if whole is None else whole
         far = squares.argsort(descending=True)
         few = 1 + int((squares[far].cumsum(0) <= OUTLIERS * squares.sum()).sum())
-        if few > most or not squares.sum() > 0:
+        if len(everyone) - len(kept) + few > most or not squares.sum() > 0:
             return everyone[~torch.isin(everyone, kept)], 1 - float(squares.sum() / whole)
         kept = kept[far[few:].sort().values]
-        if len(everyone) - len(kept) > most:
-            break
-    return everyone[:0], 0.
 
 
 def _rankme(z):
@@ -302,7 +299,7 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     if counted is not None:
         missing = (~finite).nonzero().flatten()
         panel |= {"not finite": len(missing), "not finite rows": missing[:10].tolist()}
-    outliers, share = _outliers(rows)
+    outliers, share = _outliers(rows) if len(rows) >= 20 else ([], 0.)
     if len(outliers):
         finite[outliers] = False
         counted = finite.nonzero().flatten()

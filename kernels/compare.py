@@ -137,7 +137,9 @@ def main():
     elif len(runs) > 1:
         print("\nno options differ")
     images = {run["config"].get("digest") for run in runs}
-    if len(images) > 1:
+    if len({run["config"].get("version") for run in runs}) > 1:
+        print("\nnote: these runs are of different versions: whether they are of one test is not known")
+    elif len(images) > 1:
         print("\nnote: these runs have different images or labels: their accuracies are not of one test")
     if not any(run["history"] for run in runs):
         print("\nno picture: no run has ended an epoch yet")

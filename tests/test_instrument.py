@@ -160,6 +160,36 @@ def test_labels_that_a_run_wrote_beside_its_features(place):
     assert run(place, "run.npz", "--labels", "run.npz").returncode == 3
 
 
+@pytest.mark.parametrize("rows, words", [
+    (["file,class", *(f"{k}.png,cat" for k in range(401))], "holds 401 labels for 400"),
+    (["file,class", "a.png,cat", "a.png,dog"], "gives a.png two labels")])
+def test_tables_that_are_not_of_these_embeddings(place, rows, words):
+    z = np.load(place / "rare.npy")[:400]
+    np.savez(place / "with names.npz", z=z, files=[f"a{k}.png" for k in range(400)])
+    (place / "t.csv").write_text("\n".join(rows) + "\n")
+    name = "with names.npz" if "two labels" in words else "rare.npy"
+    done = run(place, name, "--key", "z", "--labels", "t.csv") if "names" in name else run(place, name, "--labels", "t.csv")
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_a_table_with_empty_rows_and_more_columns_than_words_and_another_systems_slashes(place):
+    z = np.load(place / "rare.npy")
+    np.savez(place / "with names.npz", z=z, files=[f"k/{k}.png" for k in range(400)])
+    rows = [f"k\\{k}.png;{'rare' if k >= 390 else 'cat'}" for k in range(400)]
+    (place / "t.csv").write_text("\n".join(["sep=;", "", 'file;class;"size, mm"', *reversed(rows), ";;", ";;"]) + "\n")
+    done = run(place, "with names.npz", "--key", "z", "--labels", "t.csv")
+    assert done.returncode == 3 and "1 of 2 classes (rare)" in done.stdout, done.stderr or done.stdout
+
+
+def test_a_text_beside_embeddings_may_be_anything(place):
+    np.save(place / "beside.npy", np.load(place / "rare.npy"))
+    (place / "beside.txt").write_bytes("Gr\u00f6\u00dfe".encode("latin-1"))
+    assert run(place, "beside.npy", "--labels", "labels.npy").returncode == 3
+    (place / "t.csv").write_text("file,class\n" + "".join(f"{k},{'rare' if k >= 390 else 'cat'}\n" for k in range(400)))
+    done = run(place, "beside.npy", "--labels", "t.csv")
+    assert done.returncode == 3 and "rows are taken in their order" in done.stdout
+
+
 def test_labels_that_lack_a_row_are_refused(place):
     (place / "l.csv").write_text("file,class\n" + "".join(f"{k}.png,cat\n" for k in range(399)))
     done = run(place, "rare.npy", "--labels", "l.csv")

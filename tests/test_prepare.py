@@ -242,6 +242,13 @@ def test_the_pages_of_a_stack_are_its_images_when_embedded_too():
     names, read = embedding.open_data("stack.tif", prepare)
     assert len(names) == 20
     torch.testing.assert_close(prepare.scale(read(3)[None]), prepare(x[3]), rtol=0, atol=0)
+    colour = noise(7, 12, 12, 3)
+    tifffile.imwrite("rgb.tif", colour, photometric="rgb")
+    finish(read_data("rgb.tif"), "rgb")
+    prepare = load_encoder("rgb")[1]
+    names, read = embedding.open_data("rgb.tif", prepare)
+    assert len(names) == 7
+    torch.testing.assert_close(prepare.scale(read(2)[None]), prepare(colour[2]), rtol=0, atol=0)
     finish(read_data(every(twelve_bits)(), size=16), "other")
     trained = load_encoder("other")[1]
     tifffile.imwrite("pages.tif", noise(3, 30, 20, kind="u2", high=4096), photometric="minisblack")

@@ -1221,12 +1221,17 @@ def test_tables_as_people_write_them(capsys):
     patients = [{int(name[-6:-4]) // 4 for name in side} for side in (data.files, data.test_files)]
     assert not patients[0] & patients[1]
     said = capsys.readouterr().out
-    assert "--labels table.csv: columns file, class and group, of which none is split; left out: patient" in said
-    assert "note: 1 rows of table.csv name no file that is there" in said
+    assert "--labels table.csv: columns file, class and group, of which none is split; left out: Patient" in said
+    assert "note: 1 rows of table.csv name no file that was read" in said
     Path("table.csv").write_text("file,class,patient\n" + "".join(f"{k:02}.png,{k % 2},{k // 4}\n" for k in range(20)))
     write("flat", numbers(), names=[f"{k:02}" for k in range(20)])
     read_images("flat", size=16, labels="table.csv")
-    assert "columns file, class no group: any may be split; left out: patient" in capsys.readouterr().out
+    assert "columns file, class (no group: any may be split); left out: patient" in capsys.readouterr().out
+    Path("table.csv").write_text("file,class,Class\n" + "".join(f"{k:02}.png,{'ab'[k % 2]},{k}\n" for k in range(20)))
+    assert list(read_images("flat", size=16, labels="table.csv").classes) == ["a", "b"]
+    Path("table.csv").write_text("file,Class,CLASS\n00.png,0,a\n")
+    with pytest.raises(ValueError, match="table.csv has 2 columns class"):
+        read_images("flat", size=16, labels="table.csv")
     Path("table.csv").write_text("file,class,group\n00.png,0,a\n00.png,0,b\n01.png,1,a\n")
     with pytest.raises(ValueError, match="gives 00.png the groups a and b"):
         read_images("flat", size=16, labels="table.csv")
@@ -1235,6 +1240,15 @@ def test_tables_as_people_write_them(capsys):
         read_images("flat", size=16, labels="table.csv")
     with pytest.raises(ValueError, match="no image lies in a subfolder or has a class: leave out --labels top"):
         read_images("flat", size=16, labels="top")
+
+
+def test_an_object_on_a_dark_ground_is_seen(capsys):
+    """Whatever the sides are: places are drawn, not counted off."""
+    x = np.zeros((6, 100, 100, 100), np.uint8)
+    x[:, 20:80, 20:80, 20:80] = 200
+    np.savez("x.npz", train_images=x)
+    read_images("x.npz")
+    assert not any("half of the images" in line for line in notes(capsys))
 
 
 @pytest.mark.parametrize("kind, usual, bright", [("u2", 2000, 65535), ("u1", 20, 250), ("f4", 1., 1000.)])

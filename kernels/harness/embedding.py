@@ -36,7 +36,7 @@ def files_of(path, prepare):
     if not path.is_dir():
         return [path.name], lambda row: prepare.array(path)
     there = all_files(path)
-    files = taken(there, 1 if prepare.target["photo"] else 5)
+    files = taken(there, 1 if prepare.target["photo"] and not prepare.arrays else 5)
     names = [os.path.relpath(file, path) for file in files]
     if not names:
         raise ValueError(f"{path} holds no files that end in {', '.join(sorted(IMAGES))}, .nii or .npy")
@@ -63,14 +63,17 @@ def rows_of(found, prepare):
 
 
 def pages_of(path, prepare):
-    """What a TIFF is as a stack, if its pages are images such as training's; else None: it is one image."""
+    """What a TIFF is as a stack, if training's images came as arrays and its pages are such images; or else
+    None, since it is one image, as a file of a folder is."""
+    if not prepare.arrays or prepare.target["volumes"]:
+        return None
     try:
         found = read_tiff_stack(path)
     except ValueError:
         return None
     count, *shape = found["train_images"].array.shape
     own = prepare.target["shape"]
-    return found if count > 1 and shape in (own, [1, *own]) and not prepare.target["volumes"] else None
+    return found if count > 1 and own in (shape, shape[1:], [*shape[1:], shape[0]]) else None
 
 
 def open_data(name, prepare):

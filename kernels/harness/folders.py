@@ -95,72 +95,93 @@ def top_folder(file, folder):
     return first if rest else None
 
 
-def delimiter_of(lines):
-    """What stands between the columns: in the first line a comma, or else a semicolon or a tab."""
-    first = lines[0] if lines else ""
-    return next((mark for mark in ",;\t" if mark in first), ",")
-
-
 def same_name(name):
     """Of a file, however its letters and accents are written."""
     return unicodedata.normalize("NFC", str(Path(name)))
 
 
+def cells_of(table):
+    """Rows of a table, lists of words, without empty ones: between commas, semicolons or tabs, by which its
+    first line names file and class, or else has columns at all. ValueError if it cannot be read."""
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as text:
+            lines = [line for line in text if line.strip() and not line.startswith("sep=")]
+        if any("\0" in line for line in lines):
+            raise csv.Error("it is no text")
+        tables = []
+        for mark in ",;\t":
+            rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark)]
+            tables.append([row for row in rows if any(row)] or [[]])
+    except UnicodeDecodeError:
+        raise ValueError(f"{table} is no UTF-8: save it as CSV UTF-8")
+    except (OSError, csv.Error) as error:
+        raise ValueError(f"{table} cannot be read ({error})")
+    named = [rows for rows in tables if {"file", "class"} <= {word.lower() for word in rows[0]}]
+    wide = [rows for rows in tables if len(rows[0]) > 1]
+    return (named or wide or tables)[0]
+
+
+def place_of(heads, name, table):
+    """Which column has this name, or it alone in other capitals; None if none has."""
+    if name in heads:
+        return heads.index(name)
+    found = [k for k, head in enumerate(heads) if head.lower() == name]
+    if len(found) > 1:
+        raise ValueError(f"{table} has {len(found)} columns {name}: one of them has to go")
+    return found[0] if found else None
+
+
+def rows_of(files, known):
+    """For each of these names of files that of `known` which is its own, or None: the same, with another
+    system's slashes, or without folders if that is one file's."""
+    files = [same_name(file) for file in files]
+    count = Counter(os.path.basename(file) for file in files)
+    written = {name.replace("\\", os.sep): name for name in known} | {name: name for name in known}
+    found = []
+    for file in files:
+        base = os.path.basename(file)
+        found.append(written.get(file, written.get(base) if count[base] == 1 else None))
+    return found
+
+
 def by_table(files, folder, table):
     """--labels FILE.csv -> class of each file, group of each file; None for what the table does not say.
 
-    Columns file, class and perhaps group, by these names in the first line, between commas, semicolons or
-    tabs. A file is named relative to the folder, or by its name alone if that is one file's. What was used,
-    and what rows name no file, is printed. ValueError for a table that is not of this form.
+    Columns file, class and perhaps group, by these names in the first line. A file is named relative to the
+    folder, or by its name alone if that is one file's. What was used, and what rows name no file, is printed.
+    ValueError for a table that is not of this form.
     """
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as text:
-            lines = list(text)
-        if any("\0" in line for line in lines):
-            raise csv.Error("it is no text")
-        reader = csv.reader(lines, delimiter=delimiter_of(lines))
-        cells = [[cell.strip() for cell in row] for row in reader]
-    except UnicodeDecodeError:
-        raise ValueError(f"--labels {table} is no UTF-8: save it as CSV UTF-8")
-    except (OSError, csv.Error) as error:
-        raise ValueError(f"--labels {table} cannot be read ({error})")
-    columns, *cells = [row for row in cells if any(row)] or [[]]
-    columns = [name.lower() for name in columns]
-    rows = [dict.fromkeys(columns) | dict(zip(columns, row)) for row in cells]
-    if not {"file", "class"} <= {*columns}:
-        there = ", ".join(map(str, columns)) or "none"
+    heads, *rows = cells_of(table)
+    places = {name: place_of(heads, name, table) for name in ("file", "class", "group")}
+    if places["file"] is None or places["class"] is None:
+        there = ", ".join(heads) or "none"
         raise ValueError(f"--labels {table} has the columns {there}: its first line must name file and "
                          "class, and may name group")
     known = {}
     for row in rows:
-        name = same_name(row["file"] or "")
-        for what, many in (("class", "classes"), ("group", "groups")):
-            own = known.setdefault(name, row).get(what)
-            if own != row.get(what) and row["file"]:
-                raise ValueError(f"--labels {table} gives {name} the {many} {own} and {row[what]}: one of "
-                                 "them has to go")
-    names = Counter(same_name(file.name) for file in files)
-    written = {name.replace("\\", os.sep): name for name in known} | {name: name for name in known}
-    found, used = [], set()
-    for file in files:
-        own = [same_name(file.relative_to(folder)), same_name(file.name)]
-        own = own[:1 + (names[own[1]] == 1)]                 # by its name alone if that is one file's
-        name = next((written[name] for name in own if name in written), None)
-        used.add(name)
-        found.append(known.get(name))
-    if not any(found):
+        row = {name: row[k] if k is not None and k < len(row) else "" for name, k in places.items()}
+        if row["file"]:
+            name = same_name(row["file"])
+            own = known.setdefault(name, row)
+            for what, many in (("class", "classes"), ("group", "groups")):
+                if own[what] != row[what] and (what == "class" or own[what] and row[what]):
+                    raise ValueError(f"--labels {table} gives {name} the {many} {own[what]} and "
+                                     f"{row[what]}: one of them has to go")
+                own[what] = own[what] or row[what]
+    names = rows_of([file.relative_to(folder) for file in files], known)
+    if not any(names):
         raise ValueError(f"--labels {table} names none of the {len(files):,} files, of which the first is "
                          f"{files[0].relative_to(folder)}")
-    others = [name for name in columns if name not in ("file", "class", "group")]
-    unused = [name for name in known if name not in used and name]
-    group = "and group, of which none is split" if "group" in columns else "no group: any may be split"
+    used = {*names}
+    unused = [name for name in known if name not in used]
+    others = [head for k, head in enumerate(heads) if head and k not in places.values()]
+    group = "(no group: any may be split)" if places["group"] is None else "and group, of which none is split"
     print(f"--labels {table}: columns file, class {group}"
           + f"; left out: {', '.join(others)}" * bool(others))
     if unused:
-        print(f"note: {len(unused):,} rows of {table} name no file that is there, as {unused[0]}")
-    classes = [row["class"] or None if row else None for row in found]
-    groups = [row.get("group") or None if row else None for row in found]
-    return classes, groups
+        print(f"note: {len(unused):,} rows of {table} name no file that was read, as {unused[0]}")
+    found = [known.get(name, {}) for name in names]
+    return [row.get("class") or None for row in found], [row.get("group") or None for row in found]
 
 
 # ---- Held out ----------------------------------------------------------------------------------------------

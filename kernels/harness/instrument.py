@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..collapse import _Rows, collapse_panel, verdict
 from .files import atomic_write
-from .folders import delimiter_of, same_name
+from .folders import cells_of, place_of, rows_of, same_name
 from .processes import print_any_name
 
 HEALTHY, COLLAPSED, UNKNOWN, MISTAKE = 0, 3, 4, 2
@@ -137,63 +137,69 @@ def as_floats(x, path):
 
 
 def names_of(path, key, count):
-    """The names of embeddings' images, where their file has them: as kernels.embed and runs write it."""
+    """The names of embeddings' images, where their file has them, as kernels.embed and runs write it."""
     path = Path(path)
     kind = path.suffix.lower()
-    if kind == ".npz":
-        with np.load(path) as found:
-            keys = ["train_files"] if key == "train_features" else ["files", "test_files", "train_files"]
-            there = [found[name] for name in keys if name in found.files]
-        names = next((names for names in there if names.size == count), [])
-    elif kind == ".csv":
-        import csv
-        with open(path, newline="", encoding="utf-8-sig") as text:
-            heads, *rows = csv.reader(text)
-        names = [row[0] for row in rows if row] if heads[0] in ("file", "files", "name") else []
-    elif path.with_suffix(".txt").is_file():
-        names = path.with_suffix(".txt").read_text().splitlines()
-    else:
-        names = []
+    names = []
+    try:
+        if kind == ".npz":
+            with np.load(path) as found:
+                keys = ["train_files"] if key == "train_features" else ["files", "test_files", "train_files"]
+                there = [found[name] for name in keys if name in found.files]
+            names = next((names for names in there if names.size == count), [])
+        elif kind == ".csv":
+            heads, *rows = cells_of(path)
+            names = [row[0] for row in rows] if heads[0] in ("file", "files", "name") else []
+        elif kind == ".npy" and path.with_suffix(".txt").is_file():
+            names = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):                        # that file is of something else
+        pass
     return [*map(str, names)] if len(names) == count else None
 
 
 def label_column(path, key, names):
-    """Lines of a file of one column; of several that whose first line says class or label, or `key`, by the
-    names of the embeddings' images where both have them."""
-    import csv
-    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    reader = csv.reader(lines, delimiter=delimiter_of(lines))
-    rows = [[word.strip() for word in row] for row in reader]
-    if not rows or len(rows[0]) == 1:
-        return [line.strip() for line in lines]
-    heads, *rows = rows
+    """Words of a file of one column, whose first line may be its name; of several columns that named class or
+    label, or `key`, without that line. names(): those of the embeddings' images, or None.
+
+    Where both name files, labels go by them. -> the words, and whether there are several columns.
+    """
+    rows = cells_of(path)
     wanted = [key] if key else ["class", "label", "classes", "labels", "target", "y"]
-    found = [head for name in wanted for head in heads if name in (head, head.lower())]
-    if not found:
+    places = [place_of(rows[0], name, path) for name in wanted]
+    column = next((k for k in places if k is not None), None)
+    if len(rows[0]) == 1 or (column is None and len({*map(len, rows)}) > 1):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        return [line.strip('"') for line in lines if line], False
+    heads, *rows = rows
+    if column is None:
         raise ValueError(f"{path} has the columns {', '.join(heads)}: say which are the labels, by "
                          "--labels-key")
-    if any(len(row) != len(heads) for row in rows):
+    file = place_of(heads, "file", path)
+    if any(len(row) <= max(column, file or 0) for row in rows):
         raise ValueError(f"{path} is no table of rows of one length")
-    labels = [row[heads.index(found[0])] for row in rows]
-    lower = [head.lower() for head in heads]
-    if "file" not in lower or names is None:
+    files = None if file is None else names()
+    if files is None:
         print(f"note: {path}: rows are taken in their order")
-        return labels
-    known = {same_name(row[lower.index("file")]): label for row, label in zip(rows, labels)}
-    wanted = [same_name(name) for name in names]
-    missing = [name for name in wanted if name not in known]
+        return [row[column] for row in rows], True
+    known = {}
+    for row in rows:
+        if known.setdefault(same_name(row[file]), row[column]) != row[column]:
+            raise ValueError(f"{path} gives {row[file]} two labels: one of them has to go")
+    own = rows_of(files, known)
+    missing = [name for name, row in zip(files, own) if row is None]
     if missing:
-        raise ValueError(f"{path} has no row for {len(missing):,} of {len(names):,} embeddings, as "
+        raise ValueError(f"{path} has no row for {len(missing):,} of {len(files):,} embeddings, as "
                          f"{missing[0]}")
-    return [known[name] for name in wanted]
+    return [known[row] for row in own], True
 
 
-def read_labels(path, key, count, names=None):
-    """Labels [N] as numbers, and what they are called. names: of the embeddings' images, if known."""
+def read_labels(path, key, count, names):
+    """Labels [N] as numbers, and what they are called. names(): of the embeddings' images, or None."""
     path = Path(path)
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        words = label_column(path, key, names)
-        words = words[-count:] if len(words) == count + 1 else words         # the column has a name
+        words, several = label_column(path, key, names)
+        if not several and len(words) == count + 1:      # the column has a name
+            words = words[1:]
     elif path.suffix.lower() == ".npz":
         with np.load(path) as found:
             there = [name for name in found.files if found[name].size == count]
@@ -282,8 +288,8 @@ def main():
         z, *views = embeddings([args.file, *args.views], args.key)
         labels = names = None
         if args.labels:
-            files = names_of(args.file, args.key, len(z))
-            labels, names = read_labels(args.labels, args.labels_key, len(z), files)
+            labels, names = read_labels(args.labels, args.labels_key, len(z),
+                                        lambda: names_of(args.file, args.key, len(z)))
         panel = collapse_panel(z, *views, labels=labels)
         if names is not None:
             panel["classes at one point"] = [str(names[k]) for k in panel.get("classes at one point", [])]

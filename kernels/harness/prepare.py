@@ -33,18 +33,20 @@ class Prepare:
 
     settings, target    how a file becomes an array, of decode.py, which decoded the training images by them
     layout              where that array has its channels: first, last, or None; given: where arrays do
+    arrays              whether training's images came as arrays, not as files
     low, high           the numbers in it that become 0 and 1; None: they stay as they are
     taken_as            counts {what, in words: things that were changed for it}, as colour taken as gray
     seen, outside       numbers that were scaled, and those of them that lay outside low to high, and were cut
     """
 
-    def __init__(self, settings, target, layout, low, high, given="first"):
+    def __init__(self, settings, target, layout, low, high, given="first", arrays=False):
         self.settings = Settings(*settings)
         self.target = target
         self.layout = layout
         self.low = low
         self.high = high
         self.given = given
+        self.arrays = arrays
         self.taken_as = Counter()
         self.lock = Lock()                               # files are read in threads
         self.seen = self.outside = 0
@@ -52,7 +54,7 @@ class Prepare:
     def state(self):
         """What makes it again: Prepare(**state), of numbers, words and lists alone."""
         return {"settings": [*self.settings], "target": self.target, "layout": self.layout,
-                "low": self.low, "high": self.high, "given": self.given}
+                "low": self.low, "high": self.high, "given": self.given, "arrays": self.arrays}
 
     def __call__(self, things):
         things = things if isinstance(things, (list, tuple)) else [things]
@@ -173,7 +175,7 @@ def prepare_arrays(dtype, shape, channels_last=False, low=None, high=None, fit="
         layout = "first"
         target["shape"] = [*shape]
     given = "last" if channels_last or photo else "first"
-    return Prepare(settings, target, layout, low, high, given)
+    return Prepare(settings, target, layout, low, high, given, arrays=True)
 
 
 def save_encoder(encoder, data, folder):
