@@ -192,7 +192,7 @@ def test_ba_ssl_on_icone_has_a_table_with_its_own_learning_rate(run):
     assert checkpoint["optimizer"]["param_groups"][-1]["initial_lr"] == 10 * run.config()["lr"]
 
 
-@command(f"{SMALL} --no-fusion --patch 5", scripts=["ba_ssl.py"])
+@command(f"{SMALL} --no-fusion", scripts=["ba_ssl.py"])
 def test_ba_ssl_without_fusion_is_the_base_method_alone(run):
     check_meters(run)
     assert "others" not in run.metrics()[-1]["meters"]
