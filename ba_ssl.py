@@ -388,7 +388,7 @@ def main():
         die(f"--projector none is for --loss icone: give {args.loss} sizes, as 512-128")
     of_fusion = typed() & {"--layers", "--patch", "--share", "--mixing", "--both", "--keep-slots"}
     if args.no_fusion and of_fusion:
-        die(f"--no-fusion has no {', '.join(of_fusion)}: leave out either")
+        die(f"--no-fusion has no {', '.join(sorted(of_fusion))}: leave out either")
     data = load_data(args)
     canvas = data.images.shape[2:]
     if not args.no_fusion and any(side % args.patch for side in canvas):

@@ -98,7 +98,8 @@ def chunked_repulsion(x, rows=2048):
         return (some @ x.T).clamp(min=0).square().sum()
     parts = [checkpoint(part, some, x, use_reentrant=False) for some in x.split(rows)]
     total = sum(parts)
-    return (total - x.square().sum(1).square().sum()) / (len(x) * (len(x) - 1))
+    of_itself = x.square().sum(1).square().sum()
+    return (total - of_itself) / (len(x) * (len(x) - 1))
 
 
 def faiss_search(bank, q, k):
@@ -159,7 +160,9 @@ def facebookresearch_form(z):
     z = z - z.mean(dim=0)
     variance = torch.relu(1 - torch.sqrt(z.var(dim=0) + 0.0001)).mean()
     c = z.T @ z / (n - 1)
-    off_diagonal = c.flatten()[:-1].view(d - 1, d + 1)[:, 1:].flatten() if d > 1 else c[:0]
+    off_diagonal = c[:0]
+    if d > 1:
+        off_diagonal = c.flatten()[:-1].view(d - 1, d + 1)[:, 1:].flatten()
     return variance, off_diagonal.pow_(2).sum() / d
 
 
@@ -179,7 +182,8 @@ def moco_streamed(q, key, queue, impl):
 def all_pairs_form(bank):
     """Mean squared positive cosine of different rows, N x N in memory."""
     s = (bank @ bank.T).clamp(min=0)
-    return (s - torch.diag(torch.diagonal(s))).square().sum() / (len(bank) * (len(bank) - 1))
+    others = s - torch.diag(torch.diagonal(s))
+    return others.square().sum() / (len(bank) * (len(bank) - 1))
 
 
 def cplearn_form(h1, h2, W, temperature):
@@ -413,7 +417,9 @@ def machine_rates(device):
     def median(call):
         call()
         return statistics.median(seconds(call, device) for _ in range(5))
-    return 2 * n ** 3 / median(lambda: torch.mm(a, a, out=b)), 2 * c.nbytes / median(lambda: d.copy_(c))
+    product = median(lambda: torch.mm(a, a, out=b))
+    copy = median(lambda: d.copy_(c))
+    return 2 * n ** 3 / product, 2 * c.nbytes / copy
 
 
 def errors(form, case, truth):

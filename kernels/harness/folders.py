@@ -108,17 +108,17 @@ def cells_of(table):
             lines = [line for line in text if line.strip() and not line.startswith("sep=")]
         if any("\0" in line for line in lines):
             raise csv.Error("it is no text")
-        tables = []
-        for mark in ",;\t":
-            rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark)]
-            tables.append([row for row in rows if any(row)] or [[]])
+        heads = {mark: next(csv.reader(lines, delimiter=mark), []) for mark in ",;\t"}
+        named = [mark for mark, head in heads.items()
+                 if {"file", "class"} <= {word.strip().lower() for word in head}]
+        wide = [mark for mark, head in heads.items() if len(head) > 1]
+        mark, *_ = named or wide or ","
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark)]
+        return [row for row in rows if any(row)] or [[]]
     except UnicodeDecodeError:
         raise ValueError(f"{table} is no UTF-8: save it as CSV UTF-8")
     except (OSError, csv.Error) as error:
         raise ValueError(f"{table} cannot be read ({error})")
-    named = [rows for rows in tables if {"file", "class"} <= {word.lower() for word in rows[0]}]
-    wide = [rows for rows in tables if len(rows[0]) > 1]
-    return (named or wide or tables)[0]
 
 
 def place_of(heads, name, table):
