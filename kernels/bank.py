@@ -462,7 +462,7 @@ class _BankSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        refuse_double_backward("the bank functions")
+        refuse_double_backward("a bank function")
         out, *kept = ctx.saved_tensors
         softmax, symmetric, use_triton = ctx.options
         g = g * (LN2 if softmax else 2)
@@ -641,6 +641,7 @@ def _topk(q, bank, k):
         torch.mm(part, qt, out=s[:len(part)])
         if len(part) < len(s):                         # a product of -inf comes before what is no row
             s[:len(part)].clamp_(min=least)
+            best = None if best is None else best.clamp_(min=least)
         s[len(part):] = -torch.inf
         highest = s.view(groups, GROUP, len(q)).amax(dim=1)
         _, group = highest.T.topk(min(k, groups), dim=1)

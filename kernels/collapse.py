@@ -29,10 +29,11 @@ MOST = 50_000                          # rows for what takes N^2 operations
 
 # ---- Embeddings, wherever they lie -------------------------------------------------------------------------
 class _Rows:
-    """Rows of a tensor or a NumPy array [N, D], also a mapped one; counted: their numbers, None for all."""
+    """Rows of a tensor or a NumPy array [N, D], also a mapped one; counted: their numbers, None for all;
+    unit: a power of 2 that they are divided by."""
 
-    def __init__(self, z, counted=None):
-        self.z, self.counted = z, counted
+    def __init__(self, z, counted=None, unit=1.0):
+        self.z, self.counted, self.unit = z, counted, unit
         self.device = z.device if isinstance(z, torch.Tensor) else torch.device("cpu")
         self.width = z.shape[1]
 
@@ -42,9 +43,11 @@ class _Rows:
     def read(self, rows):
         """Those numbers or that slice of the whole, as a tensor."""
         if isinstance(self.z, torch.Tensor):
-            return self.z[rows]
-        part = self.z[rows if isinstance(rows, slice) else rows.numpy()]
-        return torch.from_numpy(part.astype(part.dtype.newbyteorder("=")))             # a copy
+            part = self.z[rows]
+        else:
+            part = self.z[rows if isinstance(rows, slice) else rows.numpy()]
+            part = torch.from_numpy(part.astype(part.dtype.newbyteorder("=")))         # a copy
+        return part if self.unit == 1 else part / self.unit
 
     def parts(self, unit=False):
         """Rows, or their unit vectors, in float64, 4096 at a time: no copy of the whole."""
@@ -67,9 +70,19 @@ class _Rows:
 
 
 def _finite(sets):
-    """Whether a row is finite in all of these, [N]."""
-    found = [torch.cat([rows.isfinite().all(dim=1) for rows in z.parts()]) for z in sets]
-    return torch.stack(found).all(dim=0)
+    """Whether a row is finite in all of these, [N], and for each the largest number of its finite rows."""
+    found, largest = [], []
+    for z in sets:
+        highest = torch.cat([rows.abs().amax(dim=1) for rows in z.parts()])            # NaN if one is
+        found.append(highest.isfinite())
+        largest.append(float(highest[found[-1]].max()) if found[-1].any() else 0.)
+    return torch.stack(found).all(dim=0), largest
+
+
+def _unit_of(largest):
+    """A power of 2 near it, by which to divide what squares would not bear; else 1."""
+    _, exponent = math.frexp(largest)
+    return 1. if abs(exponent) < 50 or not largest else 2. ** max(exponent, -1000)
 
 
 # ---- Parts of the panel ------------------------------------------------------------------------------------
@@ -100,7 +113,7 @@ def _outliers(z):
     everyone = torch.arange(len(z.z), device=z.device) if z.counted is None else z.counted
     kept, whole, most = everyone, None, max(1, len(z) // 100)
     while True:
-        rows = _Rows(z.z, kept)
+        rows = _Rows(z.z, kept, z.unit)
         mean = _mean(rows)
         squares = torch.cat([(part - mean).square().sum(dim=1) for part in rows.parts()])
         whole = squares.sum() if whole is None else whole
@@ -118,10 +131,13 @@ def _rankme(z):
     return torch.exp(-(share * share.log()).sum())
 
 
-def _participation(z):
-    """(sum l)^2 / sum l^2 over the eigenvalues l of the covariance: its trace and its Frobenius norm."""
+def _participation_and_axes(z):
+    """Of the eigenvalues l of the covariance: (sum l)^2 / sum l^2, which are its trace and its Frobenius norm,
+    and how many of them, the largest first, hold 99 % of their sum."""
     gram = _gram(z, _mean(z))
-    return gram.trace() ** 2 / gram.square().sum()
+    variances = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
+    axes = 1 + int((variances.cumsum(0) < 0.99 * variances.sum()).sum())
+    return gram.trace() ** 2 / gram.square().sum(), axes
 
 
 def _work_dtype(z):
@@ -209,7 +225,8 @@ def _distinct(z, distances, nearest, variance):
     """Share of distinct rows, and of those in the largest group of (nearly) equal ones, 0 if there is none.
 
     Rows are joined with those of their nearest that are equal. A group of more than that falls into several:
-    so the first of each are compared anew, until no two are equal.
+    so the first of each are compared anew, until no two are equal. What was joined in a chain and is longer
+    than that, as points close together on a curve are, is no group.
     """
     tolerance = EQUAL * (2 * variance.sum()).sqrt()
     equal = (distances[:, 0] <= tolerance).nonzero().flatten()
@@ -225,8 +242,15 @@ def _distinct(z, distances, nearest, variance):
         if len(asked) < 2:
             break
         distances, nearest = _nearest(_Rows(z.read(asked)))
-    _, sizes = group[equal].unique(return_counts=True)
-    return (len(z) - len(equal) + len(sizes)) / len(z), sizes.max().item() / len(z)
+    _, own, sizes = group[equal].unique(return_inverse=True, return_counts=True)
+    squares = torch.zeros(len(sizes), dtype=torch.float64, device=z.device)            # from the first one
+    for rows, groups in zip(equal.split(4096), own.split(4096)):
+        apart = z.read(rows).double() - z.read(group[rows]).double()
+        squares.index_add_(0, groups, apart.square().sum(dim=1))
+    sizes = sizes[squares <= tolerance ** 2 * (sizes - 1)]
+    if not len(sizes):
+        return 1., 0.
+    return (len(z) - sizes.sum().item() + len(sizes)) / len(z), sizes.max().item() / len(z)
 
 
 def _class_stds(z, labels):
@@ -246,6 +270,8 @@ def _class_stds(z, labels):
 
 # ---- The panel ---------------------------------------------------------------------------------------------
 def _check(z, views):
+    if not all(hasattr(x, "shape") for x in (z, *views)):
+        raise ValueError("collapse_panel takes tensors or NumPy arrays")
     shape = [*z.shape]
     floats = z.is_floating_point() if isinstance(z, torch.Tensor) else z.dtype.kind == "f"
     if z.ndim != 2 or len(z) < 4 or not floats or not z.shape[1]:
@@ -267,13 +293,14 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     cosine           mean cosine of two different images: 1 at one point
     RankMe           exp entropy of z's singular values, uncentred: dimensions in use, the mean among them
     participation    (sum l)^2 / sum l^2 over the covariance's eigenvalues: as RankMe, centred and stricter
+    axes             of the largest eigenvalues, how many hold 99 % of the variance
     uniformity       log mean exp(-2 squared distance) of unit vectors: 0 at one point, towards -4 if spread
     TwoNN            intrinsic dimension by maximum likelihood; beyond 10 only to compare runs
     dead             dimensions whose standard deviation is below a thousandth of the root mean variance
     distinct         share of rows that are distinct: 1 if none has an equal, or nearly equal, other
     at one point     share of rows in the largest group of equal ones
     alignment        mean squared distance of the two views' unit vectors
-    view ratio       alignment over the mean squared distance of two images, 2 - 2 cosine: near 0 if an
+    view ratio       alignment over the mean squared distance of two images' unit vectors: near 0 if an
                      embedding knows its image, 1 if two views are as far apart as two images
 
     Tensors of any float dtype, on any device that has float64, or NumPy arrays, mapped files too; statistics
@@ -290,10 +317,9 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     views = [view for view in (z1, z2) if view is not None]
     _check(z, views)
     sets = [_Rows(x) for x in (z, *views)]
-    finite = _finite(sets)
+    finite, largest = _finite(sets)
     counted = None if finite.all() else finite.nonzero().flatten()
-    if counted is not None:
-        sets = [_Rows(x.z, counted) for x in sets]
+    sets = [_Rows(x.z, counted, _unit_of(number)) for x, number in zip(sets, largest)]
     rows, *views = sets
     panel = {"samples": len(rows), "width": rows.width}
     if counted is not None:
@@ -303,12 +329,12 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     if len(outliers):
         finite[outliers] = False
         counted = finite.nonzero().flatten()
-        rows, *views = [_Rows(x.z, counted) for x in sets]
+        rows, *views = [_Rows(x.z, counted, x.unit) for x in sets]
         panel |= {"samples": len(rows), "outliers": len(outliers), "outlier rows": outliers[:10].tolist(),
                   "outlier share": share}
     samples, width = len(rows), rows.width
     if samples < 4:
-        names = "raw std", "std", "cosine", "RankMe", "participation", "uniformity", "TwoNN"
+        names = "raw std", "std", "cosine", "RankMe", "participation", "axes", "uniformity", "TwoNN"
         return panel | dict.fromkeys(names + ("alignment", "view ratio") * bool(views), math.nan)
     pairs = samples * (samples - 1)
     lengths = sum(unit.square().sum() for unit in rows.parts(unit=True))             # 1 each, but for zeros
@@ -316,11 +342,11 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
 
     std = _std(rows)
     variance = std.square()
-    panel["raw std"] = std.mean()
+    panel["raw std"] = std.mean() * rows.unit
     panel["std"] = _std(rows, unit=True).mean() * width ** 0.5
     panel["cosine"] = cosine
     panel["RankMe"] = _rankme(rows)
-    panel["participation"] = _participation(rows)
+    panel["participation"], panel["axes"] = _participation_and_axes(rows)
     looked_at = rows.some(MOST)
     if len(looked_at) < samples:
         panel["sample"] = len(looked_at)
@@ -332,7 +358,7 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     if views:
         pairs_of_views = zip(*(view.parts(unit=True) for view in views))
         panel["alignment"] = sum((u1 - u2).square().sum() for u1, u2 in pairs_of_views) / samples
-        panel["view ratio"] = panel["alignment"] / (2 - 2 * cosine)
+        panel["view ratio"] = panel["alignment"] / (2 * lengths / samples - 2 * cosine)   # of zeros less
     if labels is not None:
         panel |= _classes(rows, labels, counted, variance.mean().sqrt())
     kept = int, float, list
@@ -341,7 +367,9 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
 
 def _classes(rows, labels, counted, whole):
     words = None
-    if len(labels) and isinstance(labels[0], str):
+    if any(isinstance(label, str) for label in labels):
+        if not all(isinstance(label, str) for label in labels):
+            raise ValueError("labels must be all words or all whole numbers, got both")
         words = sorted({*labels})
         number = {word: k for k, word in enumerate(words)}
         labels = [number[word] for word in labels]
@@ -369,7 +397,7 @@ def _too_thin(panel):
     """Which measure of dimensions lies below its bound, in words, or "".
 
     Participation: nine tenths of the variance on one axis. RankMe: the 3/8th power of what the sample and the
-    width allow.
+    width allow; the same of axes, since a little noise in all others lifts RankMe.
     """
     samples, width = panel["samples"], panel["width"]
     centred = min(samples - 1, width)
@@ -378,6 +406,10 @@ def _too_thin(panel):
     for name, (least, most) in bounds.items():
         if panel[name] < least and most > 1:
             return f"{name} is {panel[name]:.2f} of at most {most} (bound {least:.2f})"
+    axes = panel.get("axes", math.inf)
+    if axes < centred ** 0.375 and centred > 1:
+        some = "one axis holds" if axes == 1 else f"{axes} axes of at most {centred} hold"
+        return f"{some} 99 % of the variance (bound {centred ** 0.375:.2f})"
     return ""
 
 
@@ -458,6 +490,8 @@ def verdict(panel, untrained=None):
         of = panel["samples"] + panel["outliers"]
         held = f"{panel['outliers']:,} of {of:,} embeddings (rows {rows}) hold {panel['outlier share']:.0%}"
         return f"OUTLIERS: {held} of the variance. The rest: {verdict(rest, untrained)}"
+    if untrained and not math.isfinite(untrained["raw std"]):
+        untrained = None
     away = 1 - panel["cosine"]
     if panel["raw std"] == 0:
         return "COLLAPSED: all embeddings are equal."
@@ -504,7 +538,9 @@ def verdict(panel, untrained=None):
         return f"CANNOT TELL: {spread}, but {lack} noise cannot be told from images{_remarks(panel)}."
     if untrained and "view ratio" in untrained and _as_before(panel, untrained):
         return f"NOTHING LEARNT YET: {seen}, and all measures are within a tenth of those before training."
-    ranks = f"participation is {panel['participation']:.1f} and RankMe {panel['RankMe']:.0f}"
+    of_it = f" of at most {most}" * (panel["samples"] <= panel["width"])    # RankMe, not centred, may be more
+    ranks = f"participation is {panel['participation']:.1f}{of_it} and RankMe {panel['RankMe']:.0f}"
+    most = min(panel["samples"], panel["width"])
     return f"No collapse: {seen}, {ranks} of at most {most}{_remarks(panel, untrained)}."
 
 
@@ -542,6 +578,10 @@ class CollapseWatch:
 # ---- Neighbours --------------------------------------------------------------------------------------------
 def _labels(y, count, name):
     """Labels [N] or [N, 1], tensor, array or list -> int64 [N]; ValueError if they are none of `count`."""
+    if not isinstance(y, torch.Tensor) and hasattr(y, "__array__"):
+        y = y.__array__()
+        if y.dtype.kind in "iuf":                        # reversed, of another byte order
+            y = y.astype(y.dtype.newbyteorder("="), order="C")
     try:
         y = torch.as_tensor(y)
         whole = not y.is_complex()
@@ -585,6 +625,19 @@ def _unit(h):
     return F.normalize(h)
 
 
+def _for_cosines(h_test, h):
+    """Rows whose products are cosines, or, where all directions are nearly one, these less a number of each
+    query's own: of what is left without the mean, since of 0.9999997 fp32 has no digit more."""
+    unit = _unit(h)
+    mean = unit.mean(dim=0, dtype=torch.float64)
+    if mean.square().sum() < 1 - ONE_POINT:
+        return _unit(h_test), unit
+    rest, rest_test = _unit(h.double()) - mean, _unit(h_test.double()) - mean
+    bank = torch.cat([rest, rest @ mean[:, None]], dim=1)
+    query = F.pad(rest_test, (0, 1), value=1)
+    return query.to(h.dtype), bank.to(h.dtype)
+
+
 @torch.no_grad()
 def knn_accuracy(h, y, h_test, y_test, k=5, temperature=0.07):
     """Share of test features whose class the k nearest of h name, by votes exp(cosine / temperature); exact.
@@ -596,7 +649,7 @@ def knn_accuracy(h, y, h_test, y_test, k=5, temperature=0.07):
     h, y, h_test, y_test = _known(h, y, h_test, y_test)
     if not (k >= 1 and 0 < temperature < math.inf):
         raise ValueError(f"knn_accuracy takes k >= 1 and a finite temperature > 0, got {k} and {temperature}")
-    cosine, row = bank_topk(_unit(h_test), _unit(h), min(int(k), len(h)))              # [M, k] each
+    cosine, row = bank_topk(*_for_cosines(h_test, h), min(int(k), len(h)))             # [M, k] each
     names, y = y.unique(return_inverse=True)
     votes = cosine.new_zeros(len(h_test), len(names), dtype=torch.float64)
     cosine = cosine.double()

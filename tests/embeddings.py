@@ -42,6 +42,17 @@ def changed(z, rows, value, columns=slice(None)):
     return z
 
 
+def few_axes(count, noise, d=512):
+    """Variance on so many axes, but for a little noise in all."""
+    return white(2000, count) @ white(count, d, 1) / count ** .5 + noise * white(2000, d, 2)
+
+
+def circle(n):
+    """Even by chance, so that rows of the many lie closer than rows that count as equal."""
+    turn = 2 * math.pi * torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.stack([turn.cos(), turn.sin()], 1)
+
+
 def images_at_a_point(share, n=500):
     z = white(n, 64)
     z[:int(share * n)] = z[0]
@@ -68,6 +79,9 @@ SYNTHETIC = {  # name: (embeddings of images, of two views; of the untrained net
     "a twentieth of the dimensions dead": ((near(changed(white(500, 64), slice(None), 3., slice(3))),), HEALTHY),
     "half of the dimensions dead": ((near(changed(white(500, 64), slice(None), 3., slice(32))),), HEALTHY),
     "rows of any length": ((near(white(500, 64) * white(500, 1, 3).abs()),), HEALTHY),
+    "a thousand on a circle": ((near(circle(1000)),), HEALTHY),
+    "five thousand on a circle": ((near(circle(5000)),), HEALTHY),
+    "ten thousand on a circle": ((near(circle(10_000)),), HEALTHY),
     "healthy classes": ((near(white(500, 64)), None, CLASSES), HEALTHY),
     "clusters": ((near(white(5, 64)[CLASSES] + .5 * white(500, 64, 4)), None, CLASSES), HEALTHY),
     "trained": ((near(white(500, 64)), UNTRAINED), HEALTHY),
@@ -91,6 +105,10 @@ SYNTHETIC = {  # name: (embeddings of images, of two views; of the untrained net
     "a line, without views": ((line()[None],), THIN),
     "four points": (((four_points(),) * 3,), THIN),
     "a line and noise": ((near(line() + 0.05 * white(500, 64, 2)),), THIN),
+    "two axes and noise": ((near(few_axes(2, .02)),), THIN),
+    "two axes and more noise": ((near(few_axes(2, .05)),), THIN),
+    "two axes of 128 and noise": ((near(few_axes(2, .05, 128)),), THIN),
+    "five axes and noise": ((near(few_axes(5, .02)),), THIN),
     "half of the images at one point": ((near(images_at_a_point(.5)),), PARTIAL),
     "a fifth of the images at one point": ((near(images_at_a_point(.2)),), PARTIAL),
     "a fifth at one point, without views": ((images_at_a_point(.2)[None],), PARTIAL),
@@ -109,6 +127,7 @@ SYNTHETIC = {  # name: (embeddings of images, of two views; of the untrained net
                                         "OUTLIERS: 4 of 500 embeddings (rows 0, 1, 2, ...) hold"),
     "NaN": ((tuple(changed(z, 3, math.nan, 5) for z in near(white(500, 64))),), NOT_FINITE),
     "an infinite view": (((white(500, 64), white(500, 64), changed(white(500, 64), 7, math.inf, 0)),), NOT_FINITE),
+    "blind, and nothing is known of before": ((blind(), (math.nan * white(500, 64),) * 3), "COLLAPSED, or not trained yet"),
     "as before": ((blind(), blind()), NOT_YET),
     "blind and narrower, but in many dimensions": ((tuple(white(500, 20, k) @ white(20, 64, 5) for k in range(3)), blind()),
                                                    NOT_YET),

@@ -460,6 +460,16 @@ def test_topk_of_products_of_minus_infinity_names_rows_that_are_there(n, device)
         torch.testing.assert_close(values.double(), expected)
 
 
+def test_topk_of_chunks_of_minus_infinity_names_rows_that_are_there(device, monkeypatch):
+    """The last chunk alone is filled up to whole groups, and the best of those before it are as small."""
+    monkeypatch.setattr("kernels.bank.TOPK_CHUNK", 1)
+    monkeypatch.setattr("kernels.bank._chunk_rows", lambda q: 16)
+    q, bank = -torch.full((3, 2), 1e20, device=device), torch.full((33, 2), 1e20, device=device)
+    values, rows = bank_topk(q, bank, 5)
+    assert (rows < 33).all() and all(len({*line.tolist()}) == 5 for line in rows)
+    assert (values == -torch.inf).all()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_an_excluded_row_may_be_nan(impl, unit, device):
     """A padded bank's rows that are not set: nothing of them comes into a value, or into other rows' gradients."""

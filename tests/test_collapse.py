@@ -41,6 +41,7 @@ def brute_force(z, z1, z2):
             "cosine": cosine,
             "RankMe": (-(share * share.log()).sum()).exp(),
             "participation": eigenvalues.sum() ** 2 / eigenvalues.square().sum(),
+            "axes": next(k for k in range(1, d + 1) if eigenvalues[-k:].sum() >= .99 * eigenvalues.sum()),
             "uniformity": (-2 * squared[pairs]).exp().mean().log(),
             "TwoNN": (n - 1) / ratio.log().sum(),
             "dead": 0, "distinct": 1, "at one point": 0,
@@ -323,6 +324,40 @@ def test_uniformity_with_rows_of_zeros_by_brute_force():
     squared = (unit[:, None] - unit[None]).square().sum(2)
     expected = (-2 * squared[~torch.eye(300, dtype=torch.bool)]).exp().mean().log()
     assert collapse_panel(z)["uniformity"] == pytest.approx(expected.item(), abs=1e-9)
+
+
+def test_view_ratio_with_rows_of_zeros_by_brute_force():
+    z = white(300, 8)
+    views = [z + .1 * white(300, 8, k) for k in (1, 2)]
+    for rows in (z, *views):
+        rows[::2] = 0
+    unit, *units = map(F.normalize, (z, *views))
+    apart = (unit[:, None] - unit[None]).square().sum(2)[~torch.eye(300, dtype=torch.bool)].mean()
+    expected = (units[0] - units[1]).square().sum(1).mean() / apart
+    assert collapse_panel(z, *views)["view ratio"] == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [-990, -400, 350, 500, 1000])
+def test_no_measure_depends_on_the_unit(exponent, monkeypatch):
+    z = torch.cat([white(60, 8), white(1, 8, 1).repeat(5, 1)])
+    views = [z + .1 * white(65, 8, k) for k in (2, 3)]
+    expected = collapse_panel(z, *views)
+    found = collapse_panel(*(x * 2. ** exponent for x in (z, *views)))
+    assert found.pop("raw std") == expected.pop("raw std") * 2. ** exponent
+    assert found == pytest.approx(expected, rel=1e-9)
+    monkeypatch.setattr(collapse, "_work_dtype", lambda z: torch.float32)
+    for scale in (1e-25, 1e19, 1e30):
+        found = collapse_panel((scale * z).float())
+        assert found["TwoNN"] == pytest.approx(expected["TwoNN"], rel=1e-3)
+
+
+def test_of_few_samples_each_rank_has_a_most_of_its_own():
+    for n, d in ((4, 512), (32, 512), (128, 128)):
+        sentence = verdict(collapse_panel(*near(white(n, d))))
+        ranks = re.search(r"participation is ([\d.]+)(?: of at most (\d+))? and RankMe (\d+) of at most (\d+)", sentence)
+        participation, most, rankme, most_of_rankme = ranks.groups()
+        assert most_of_rankme == str(min(n, d)) and int(rankme) <= min(n, d)
+        assert float(participation) <= int(most or d) and int(most or d) == min(n - 1, d) or n > d
 
 
 def test_distinct_and_at_one_point_by_brute_force():
@@ -651,6 +686,31 @@ def test_knn_at_any_temperature_is_that_of_float64(temperature, k):
     expected = knn_in_float64(h, y, h_test, y_test, k, temperature)
     assert knn_accuracy(h, y, h_test, y_test, k, temperature) == expected
     assert knn_accuracy(h.float(), y, h_test.float(), y_test, k, temperature) == pytest.approx(expected, abs=.011)
+
+
+@pytest.mark.parametrize("offset", [3, 30, 300, 3000])
+def test_knn_of_nearly_collapsed_features_is_that_of_float64(offset):
+    """Classes that the mean of all hides: cosines of 1 but for 1e-7."""
+    y = torch.arange(1000) % 10
+    h = (3 * white(10, 32)[y] / 8 + white(1000, 32, 1) + offset * white(1, 32, 2)).float()
+    parts = h[:600], y[:600], h[600:], y[600:]
+    rest = [rows.double() if rows.is_floating_point() else rows for rows in parts]
+    expected = knn_accuracy(*rest)
+    assert .2 < expected < .95
+    assert knn_accuracy(*parts) == pytest.approx(expected, abs=.006)
+
+
+def test_labels_of_any_strides_and_byte_order_and_none_of_two_kinds():
+    h = white(50, 4)
+    y = np.arange(50) % 2
+    expected = knn_accuracy(h, y, h, y)
+    for same in (y[::-1].copy()[::-1], y.astype(">i4"), np.stack([y, y], 1)[:, 0]):
+        assert knn_accuracy(h, same, h, same) == expected
+        assert collapse_panel(h, labels=same) == collapse_panel(h, labels=y)
+    with pytest.raises(ValueError, match="all words or all whole numbers"):
+        collapse_panel(h, labels=["a"] * 49 + [math.nan])
+    with pytest.raises(ValueError, match="tensors or NumPy arrays"):
+        collapse_panel(h.tolist())
 
 
 def test_knn_where_exp_of_a_cosine_overflows():

@@ -190,6 +190,22 @@ def test_a_text_beside_embeddings_may_be_anything(place):
     assert done.returncode == 3 and "rows are taken in their order" in done.stdout
 
 
+@pytest.mark.parametrize("text, words", [
+    ("cat\n" * 391 + "rare\n" * 10, "holds 401 labels for 400"),
+    ("class\n" + "cat\n" * 389 + "rare\n" * 10, "holds 399 labels for 400"),
+    ("class\n" + "cat\n" * 3 + "\n" + "cat\n" * 386 + "rare\n" * 10, ""),
+    ("kind\n" + "cat\n" * 390 + "rare\n" * 10 + "\n\n", "")])
+def test_labels_of_one_column_are_not_off_by_one(place, text, words):
+    """One too many, a name and one too few, an image without a label, empty lines at the end."""
+    (place / "off.csv").write_text(text)
+    done = run(place, "rare.npy", "--labels", "off.csv")
+    assert done.returncode == (2 if words else 3) and words in done.stderr, done.stderr
+    if not words:
+        first, *_ = text.splitlines()
+        assert f"off.csv: the first line, {first}, is taken as a name" in done.stdout
+        assert "1 of 2 classes (rare)" in done.stdout         # of four rows at least, which the one without is not
+
+
 def test_labels_that_lack_a_row_are_refused(place):
     (place / "l.csv").write_text("file,class\n" + "".join(f"{k}.png,cat\n" for k in range(399)))
     done = run(place, "rare.npy", "--labels", "l.csv")
@@ -225,6 +241,46 @@ def test_labels_of_a_table_of_several_columns(place, header, options):
     (place / "table.csv").write_text("\n".join(["a,b", *rows]) + "\n")
     done = run(place, "rare.npy", "--labels", "table.csv")
     assert done.returncode == 2 and "has the columns a, b: say which are the labels, by --labels-key" in done.stderr
+
+
+@pytest.mark.parametrize("name, mark", [("t.csv", ";"), ("comma.csv", ";"), ("t.TSV", "\t"), ("t.csv", "\t"), ("t.txt", " ")])
+def test_tables_between_other_marks(place, name, mark):
+    """As a spreadsheet with decimal commas and NumPy's savetxt write them."""
+    text = "\n".join(mark.join(map(str, row)) for row in np.load(place / "z.npy")) + "\n"
+    (place / name).write_text(text.replace(".", ",") if "comma" in name else text)
+    assert run(place, name).stdout == run(place, "z.npy").stdout
+
+
+def test_a_header_of_two_numbers_and_a_table_without_any(place):
+    z = white(d=2)
+    for first in ("", "0,1\n"):
+        (place / "plane.csv").write_text(first + "\n".join(",".join(map(str, row)) for row in z) + "\n")
+        found, = [line.split()[1] for line in run(place, "plane.csv").stdout.splitlines() if line.startswith("samples")]
+        assert found == "400"
+    (place / "odd.csv").write_text("0.1|2.3\n1.2|3.4\n0.2|2.1\n1.2|2.4\n")
+    done = run(place, "odd.csv")
+    assert done.returncode == 2 and "no column of numbers, as its cells are read, between blanks" in done.stderr
+
+
+def test_the_verdict_stands_though_there_is_nothing_to_draw_or_nowhere_to(place):
+    np.save(place / "none.npy", np.full((12, 5), np.nan))
+    done = run(place, "none.npy", "--out", "none.png")
+    assert done.returncode == 3 and "COLLAPSED: 12 of 12 embeddings are not finite" in done.stdout, done.stderr
+    assert "no picture: fewer than two" in done.stdout and not (place / "none.png").exists()
+    done = run(place, "line.npy", "--out", "nowhere/line.png")
+    assert done.returncode == 2 and "DIMENSIONAL COLLAPSE" in done.stdout and "--out nowhere/line.png" in done.stderr
+
+
+def test_an_error_names_the_file_that_has_it_and_objects_beside_embeddings_are_none(place):
+    objects = np.array([{}, 1], dtype=object)
+    np.save(place / "objects2.npy", objects)
+    done = run(place, "z.npy", "--views", "z1.npy", "objects2.npy")
+    assert done.returncode == 2 and done.stderr.startswith("collapse: objects2.npy: it holds Python objects"), done.stderr
+    np.savez(place / "mixed.npz", embeddings=np.load(place / "z.npy"), ids=objects)
+    assert run(place, "mixed.npz").returncode == 4
+    np.savez(place / "files.npz", features=np.load(place / "z.npy"), test_files=np.arange(400))
+    done = run(place, "files.npz", "--labels", "files.npz")
+    assert done.returncode == 2 and "arrays of 400 (test_files): say which are the labels" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["z.npy", "line.npy", "nan.npy"])

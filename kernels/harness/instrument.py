@@ -7,6 +7,7 @@
 Exit code 0: no collapse; 3: collapsed, wholly or in part; 4: cannot tell, or not yet; 2: a mistake.
 """
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def refuse(message):
     sys.exit(MISTAKE)
 
 
+class NamedError(ValueError):
+    """Says of which file it is."""
+
+
+def about(name, error):
+    """What is wrong with that file; NumPy, torch and csv raise a dozen kinds."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, NamedError) or str(name) in text or "--" in text:
+        return text
+    objects = "pickle" in text or "Python objects" in text
+    return f"{name}: " + ("it holds Python objects, no numbers" if objects else text)
+
+
 # ---- Files -------------------------------------------------------------------------------------------------
 def choose(path, names, key, shape_of):
     """The key to take of a file that holds several arrays."""
@@ -44,6 +58,14 @@ def choose(path, names, key, shape_of):
     raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}: say which are the embeddings, by --key")
 
 
+def shape_in(found, name):
+    """Of an array of an .npz; () of one of Python objects, which is not read."""
+    try:
+        return found[name].shape
+    except ValueError:
+        return ()
+
+
 def read(path, key=None):
     """An array or tensor [N, D] of a .npy, .npz, .pt, .csv or .safetensors file, .npy mapped.
 
@@ -55,7 +77,7 @@ def read(path, key=None):
         return np.load(path, mmap_mode="r")
     if kind == ".npz":
         with np.load(path) as found:
-            name = choose(path, found.files, key, lambda name: found[name].shape)
+            name = choose(path, found.files, key, lambda name: shape_in(found, name))
             print(f"{path}: {name}")
             if name in ("test_features", "train_features"):
                 print("note: these are an encoder's features h; the verdict at the end of a run looks at its "
@@ -85,20 +107,25 @@ def read(path, key=None):
 
 def read_table(path):
     """Numbers of a .csv, [N, D]; columns of words, and those named as rows or labels are (file, id, class, an
-    index without a name), are left out, and so is a first line of names."""
+    index without a name), are left out, and so is a first line of names. Between cells are semicolons, where
+    a decimal comma may be, or tabs, if all lines have them; else commas, or blanks."""
     import csv
     with open(path, newline="", encoding="utf-8-sig") as text:
-        lines = [line for line in csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",") if line]
+        lines = [line for line in text if line.strip()]
+    mark = next((mark for mark in ";\t," if lines and all(mark in line for line in lines)), None)
+    cells = csv.reader(lines, delimiter=mark) if mark else (line.split() for line in lines)
+    lines = [line for line in cells if line]
 
     def number(word):
         try:
-            return float(word)
+            return float(word.replace(",", ".") if mark == ";" else word)
         except ValueError:
             return None
 
     # Names: words above numbers; or, where the others are numbers (0, 1, ...) as kernels.embed writes them,
     # one of these words above words.
-    named = len(lines) > 1 and len(lines[0]) > 2 and lines[0] == [str(k) for k in range(len(lines[0]))]
+    named = len(lines) > 1 and lines[0] == [str(k) for k in range(len(lines[0]))]
+    named = named and (len(lines[0]) > 2 or all("." in word for word in lines[1]))
     if named:                                            # as pandas writes it, without its index
         print(f"{path}: the first line, 0, 1, 2, ..., is taken as names of columns")
     named = named or len(lines) > 1 and any(
@@ -115,6 +142,9 @@ def read_table(path):
     if others:
         print(f"{path}: left out, as names or words: {len(others)} columns ({', '.join(others[:5])}"
               f"{', ...' * (len(others) > 5)})")
+    if not columns:
+        between = {";": "semicolons", "\t": "tabs", ",": "commas"}.get(mark, "blanks")
+        raise ValueError(f"{path} has no column of numbers, as its cells are read, between {between}")
     x = np.array([[number(row[k]) for k in columns] for row in rows], dtype=object)
     if None in x:
         row = next(k for k, line in enumerate(x) if None in line)
@@ -157,19 +187,25 @@ def names_of(path, key, count):
     return [*map(str, names)] if len(names) == count else None
 
 
-def label_column(path, key, names):
-    """Words of a file of one column, whose first line may be its name; of several columns that named class or
-    label, or `key`, without that line. names(): those of the embeddings' images, or None.
+def label_column(path, key, count, names):
+    """Words of a file of one column, also empty ones, without a first line that is its name; of several
+    columns that named class or label, or `key`. names(): those of the embeddings' images, or None.
 
-    Where both name files, labels go by them. -> the words, and whether there are several columns.
+    Where both name files, labels go by them. count: of embeddings.
     """
     rows = cells_of(path)
     wanted = [key] if key else ["class", "label", "classes", "labels", "target", "y"]
     places = [place_of(rows[0], name, path) for name in wanted]
     column = next((k for k in places if k is not None), None)
     if len(rows[0]) == 1 or (column is None and len({*map(len, rows)}) > 1):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        return [line.strip('"') for line in lines if line], False
+        text = path.read_text(encoding="utf-8-sig").rstrip()
+        words = [line.strip().strip('"') for line in text.splitlines()]
+        first, *others = words
+        named = first.lower() in COLUMNS or len(words) == count + 1
+        if not named or first in others:
+            return words
+        print(f"{path}: the first line, {first}, is taken as a name")
+        return others
     heads, *rows = rows
     if column is None:
         raise ValueError(f"{path} has the columns {', '.join(heads)}: say which are the labels, by "
@@ -180,7 +216,7 @@ def label_column(path, key, names):
     files = None if file is None else names()
     if files is None:
         print(f"note: {path}: rows are taken in their order")
-        return [row[column] for row in rows], True
+        return [row[column] for row in rows]
     known = {}
     for row in rows:
         if known.setdefault(same_name(row[file]), row[column]) != row[column]:
@@ -190,23 +226,22 @@ def label_column(path, key, names):
     if missing:
         raise ValueError(f"{path} has no row for {len(missing):,} of {len(files):,} embeddings, as "
                          f"{missing[0]}")
-    return [known[row] for row in own], True
+    return [known[row] for row in own]
 
 
 def read_labels(path, key, count, names):
     """Labels [N] as numbers, and what they are called. names(): of the embeddings' images, or None."""
     path = Path(path)
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        words, several = label_column(path, key, names)
-        if not several and len(words) == count + 1:      # the column has a name
-            words = words[1:]
+        words = label_column(path, key, count, names)
     elif path.suffix.lower() == ".npz":
         with np.load(path) as found:
-            there = [name for name in found.files if found[name].size == count]
-            own = [name for name in there if "label" in name] if len(there) > 1 else there
-            if not key and len(own) != 1:
+            there = [name for name in found.files if math.prod(shape_in(found, name) or (0,)) == count]
+            own = [name for name in there if "label" in name] or there
+            if not key and (len(own) != 1 or "file" in own[0]):
                 raise ValueError(f"{path} has {len(there)} arrays of {count} ({', '.join(there)}): say "
-                                 "which, by --labels-key")
+                                 "which are the labels, by --labels-key")
+            print(f"{path}: labels {key or own[0]}")
             words = found[key or own[0]].ravel()
     else:
         words = np.asarray(read(path)).ravel()
@@ -222,6 +257,9 @@ def plot(z, path, sentence):
     from matplotlib.figure import Figure
     x = _Rows(z).some(SHOWN).whole().double()
     x = x[x.isfinite().all(dim=1)]
+    if len(x) < 2:
+        print("no picture: fewer than two embeddings are finite")
+        return
     x = x - x.mean(dim=0)
     _, singular, axes = torch.linalg.svd(x, full_matrices=False)
     variances = singular.square() / (len(x) - 1)
@@ -242,6 +280,7 @@ def plot(z, path, sentence):
     figure.suptitle(sentence.replace("$", r"\$"), fontsize=10, wrap=True)
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=120)
+    print(f"picture: {path}")
 
 
 # ---- The command -------------------------------------------------------------------------------------------
@@ -260,7 +299,13 @@ def in_words(value):
 
 
 def embeddings(names, key):
-    return [as_floats(read(name, key), name) for name in names]
+    found = []
+    for name in names:
+        try:
+            found.append(as_floats(read(name, key), name))
+        except Exception as error:
+            raise NamedError(about(name, error))
+    return found
 
 
 def main():
@@ -300,12 +345,15 @@ def main():
         for name, value in panel.items():
             earlier = f"   before {in_words(before[name])}" if before and name in before else ""
             print(f"{name:22}{in_words(value):>12}{earlier}")
-        if args.out:
+    except Exception as error:
+        refuse(about(args.file, error))
+    trouble = ""
+    if args.out:
+        try:
             plot(z, args.out, sentence)
-            print(f"picture: {args.out}")
-    except Exception as error:                           # of files: NumPy, torch and csv raise a dozen kinds
-        text = str(error) or type(error).__name__
-        text = "it holds Python objects, no numbers" if "pickle" in text else text
-        refuse(text if args.file in text or "--" in text else f"{args.file}: {text}")
-    print(f"\n{sentence}")
+        except Exception as error:                       # the sentence is not lost for it
+            trouble = about(f"--out {args.out}", error)
+    print(f"\n{sentence}", flush=True)
+    if trouble:
+        refuse(trouble)
     sys.exit(code_of(sentence))
