@@ -9,6 +9,7 @@ them yet.
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -35,9 +36,11 @@ def read_run(folder):
         history = [json.loads(line) for line in lines]
         report = folder / "report.json"
         report = json.loads(report.read_text()) if report.exists() else None
-        if len(history) < config.get("epochs", 0):       # it was ended, and is being made longer
-            report = None
-    except (OSError, ValueError) as error:
+        if not all(isinstance(part, dict) for part in (config, *history, report or {})):
+            raise ValueError("its files do not hold what a run writes")
+        if report and not config.get("epochs", 0) <= len(history) == report.get("epochs", len(history)):
+            report = None                                # it was ended, and is being made longer
+    except (OSError, TypeError, ValueError) as error:
         refuse(f"{folder} is not the folder of a run that has begun to train ({error})")
     return {"name": str(folder), "config": config, "history": history, "report": report}
 
@@ -59,7 +62,7 @@ def differing(runs):
     """{option: [text of each run]} of those that are not the same in all."""
     found = {}
     for name in dict.fromkeys(name for run in runs for name in run["config"]):
-        values = [str(run["config"].get(name, "")) for run in runs]
+        values = [str(run["config"].get(name, "-")) or '""' for run in runs]
         if name not in NO_OPTIONS and len({*values}) > 1:
             found[name] = values
     return found
@@ -80,10 +83,13 @@ def print_columns(lines):
 
 def plot(runs, path):
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    from .harness.pictures import plain
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    from .harness.pictures import epoch_axis, plain, save_figure, shortened
+    names = [shortened(run["name"], 120) for run in runs]
+    width = 0.7 + 0.1 * max(map(len, names))             # of a column of the legend, inches
+    columns = min(4, len(runs), max(1, int(12.5 / width)))
+    rows = math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(13, 4.4 + 0.22 * rows), layout="constrained")
     there = {key for run in runs for line in run["history"] for key in line}
     panels = [key for key in PANELS if key in there]
     axes = figure.subplots(1, len(panels), squeeze=False)
@@ -96,18 +102,18 @@ def plot(runs, path):
             style = {"color": f"C{k}", "linestyle": STYLES[k % 4]}
             if len(values) < 50:                         # runs that are alike show around each other
                 style |= {"marker": "o", "markersize": 9 - 2 * min(k, 3)}
-            axis.plot(epochs, values, label=plain(run["name"]), alpha=0.8, **style)
+            axis.plot(epochs, values, label=plain(names[k]), alpha=0.8, **style)
             seen += values
-        axis.set(title=PANELS[key], xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_title(PANELS[key])
+        epoch_axis(axis, max(len(run["history"]) for run in runs))
         if key == "knn":
             axis.set_ylim(0, 1.03)
         elif key == "RankMe":
             axis.set_ylim(0, 1.08 * max(filter(math.isfinite, seen), default=1))
         elif 0 < 20 * min(seen) < max(seen) < math.inf:
             axis.set_yscale("log")
-    figure.legend(handles=axis.lines, loc="outside lower center", ncols=min(4, len(runs)))
-    figure.savefig(path, dpi=120)
+    figure.legend(handles=axis.lines, loc="outside lower center", ncols=columns)
+    save_figure(figure, path)
 
 
 def main():
@@ -152,4 +158,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:                              # head has read what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@
 FOLDER is any --data of the scripts, without labels too, or one image file. Images are read as those that the
 encoder was trained on: size, fit, channels and range lie in the run's encoder.pt. Files are decoded while
 others are encoded, and what is done is written, so that a million images need no more memory than a thousand.
+An earlier output of the same name is replaced; any other file there is left, and the command refused.
 """
 import argparse
 import os

@@ -1,5 +1,6 @@
 """python -m kernels.compare as its user runs it."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
+from kernels.harness import pictures
 from scripts import ONE_THREAD, ROOT, SMALL, call, call_command
 
 
@@ -52,6 +54,75 @@ def test_a_run_that_is_being_made_longer_has_no_old_accuracies(runs):
     done = run_compare(runs, "run", "other")
     other, = [line.split() for line in done.stdout.split("\n\n")[0].splitlines() if line.startswith("other")]
     assert other[:2] == ["other", "2"] and other[2:] == ["not", "ended"]
+
+
+def test_the_report_of_a_run_that_was_made_longer_since_is_old(runs):
+    """It stays until the next one is written, for good if that is never."""
+    report = runs / "other" / "report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"epochs": 1}))
+    table, *_ = run_compare(runs, "run", "other").stdout.split("\n\n")
+    _, first, other = [line.split() for line in table.splitlines()]
+    assert other == ["other", "2", "not", "ended"] and "ended" not in first
+
+
+def test_an_option_that_one_of_two_runs_has(runs):
+    config = json.loads((runs / "run" / "config.json").read_text())
+    (runs / "other" / "config.json").write_text(json.dumps(config | {"epochs": 2, "temperature": .1}))
+    config.pop("lr")
+    (runs / "run" / "config.json").write_text(json.dumps(config | {"epochs": 2, "note": ""}))
+    done = run_compare(runs, "run", "other")
+    lines = [line.split() for line in done.stdout.split("\n\n")[1].splitlines()[1:]]
+    assert lines == [["run", "other"], ["note", '""', "-"], ["lr", "-", "0.003"], ["temperature", "-", "0.1"]]
+
+
+def figure_of(runs, monkeypatch, *names):
+    """The figure of a comparison, drawn but not saved."""
+    figures = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
+    done = run_compare(runs, *names)
+    assert done.returncode == 0, done.stderr
+    figures[0].draw_without_rendering()
+    return figures[0]
+
+
+@pytest.mark.parametrize("length", [4, 40, 100, 200])
+def test_a_legend_has_all_runs_however_long_their_names(runs, monkeypatch, length):
+    names = [f"{k}{'/' if length == 200 else ''}{'x' * (length - 2)}" for k in range(5)]
+    for name in names:
+        shutil.copytree(runs / "run", runs / name)
+    figure = figure_of(runs, monkeypatch, *names)
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0
+    assert len(figure.legends[0].get_texts()) == 5 and all(axis.bbox.y0 > box.y1 for axis in figure.axes)
+
+
+def test_one_epoch_has_an_axis_of_whole_numbers(runs, monkeypatch):
+    for name in ("run", "other"):
+        first, *_ = (runs / name / "metrics.jsonl").read_text().splitlines()
+        (runs / name / "metrics.jsonl").write_text(first + "\n")
+    for axis in figure_of(runs, monkeypatch, "run", "other").axes:
+        low, high = axis.get_xlim()
+        assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1, 2]
+
+
+def test_letters_that_the_font_lacks_and_a_reader_that_stops(runs):
+    (runs / "other").rename(runs / "\u65e5\u672c-1")
+    command = [sys.executable, "-m", "kernels.compare", "run", "\u65e5\u672c-1"]
+    environment = {**ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=runs, capture_output=True, env=environment)
+    assert done.returncode == 0 and not done.stderr and (runs / "compare.png").exists()
+    read, write = os.pipe()
+    os.close(read)                                                   # as head leaves it
+    done = subprocess.run(command, cwd=runs, stdout=write, stderr=subprocess.PIPE, env=environment)
+    os.close(write)
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "report.json"])
+def test_a_file_of_another_kind_is_refused_in_one_line(runs, name):
+    (runs / "other" / name).write_text("[1, 2]\n")
+    done = run_compare(runs, "run", "other")
+    assert done.returncode == 2 and "other is not the folder of a run" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_rank_that_is_no_number_and_a_name_that_the_terminal_cannot_show(runs):

@@ -1,6 +1,7 @@
 """python -m kernels.embed as its user runs it: names, features, formats, what is like an image, what is refused."""
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from kernels.harness import instrument
+from kernels.harness.embedding import write_features
 from kernels.harness.prepare import load_encoder
 from scripts import ONE_THREAD, ROOT, SMALL, call, call_command
 
@@ -190,6 +193,96 @@ def test_mistakes_end_in_one_line_and_write_nothing(place, arguments, words):
     done = embed(place, *arguments)
     assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr and {*place.iterdir()} == before
+
+
+@pytest.fixture
+def few(place, tmp_path):
+    """A folder with a copy of the run, a set of four images, and arrays."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    for k in range(4):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        Image.fromarray(image(k)).save(tmp_path / "set" / f"{k}.png")
+    x = np.stack([image(k, 16, 16) for k in range(4)])
+    np.savez(tmp_path / "x.npz", train_images=x)
+    np.save(tmp_path / "x.npy", x)
+    return tmp_path
+
+
+@pytest.mark.parametrize("data, out, words", [
+    ("x.npz", "x.npz", "x.npz is the data itself"), ("x.npy", "x.npy", "x.npy is the data itself"),
+    ("x.npz", "run/../x.npz", "x.npz is the data itself"), ("x.npz", "link.npz", "link.npz is the data itself"),
+    ("set", "x.npz", "x.npz is there"), ("set", "x.npy", "x.npy is there"),
+    ("set", "run/features.npz", "run/features.npz is there"), ("set", "run/browse.npy", "run/browse.html is there"),
+    ("set", "page.csv", "page.html is there"), ("set", "table.csv", "table.csv is there"),
+    ("set", "words.npy", "words.txt is there"), ("set", "notes.npz", "notes.skipped.txt is there"),
+    ("set", "folder.npz", "folder.npz is there")])
+def test_no_file_of_anybody_else_is_overwritten(few, data, out, words):
+    (few / "link.npz").symlink_to("x.npz")
+    (few / "page.html").write_text("<p>Features of my dog")
+    (few / "table.csv").write_text("file,class\na.png,dog\n")
+    (few / "words.txt").write_text("mine\n")
+    (few / "notes.skipped.txt").write_text("mine\n")
+    (few / "folder.npz").mkdir()
+    before = {file: file.read_bytes() for file in few.rglob("*") if file.is_file()}
+    done = embed(few, "run", data, "--out", out)
+    assert done.returncode == 2 and f"embed: --out {out}: " in done.stderr and words in done.stderr
+    assert done.stderr.count("\n") == 1 and not done.stdout
+    assert {file: file.read_bytes() for file in few.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("form", ["npz", "npy", "csv"])
+def test_an_earlier_output_is_replaced_and_what_it_had_beside_it(few, form):
+    out = f"f.{form}"
+    for k in range(4, 20):
+        Image.fromarray(image(k)).save(few / "set" / f"{k}.png")
+    (few / "set" / "broken.png").write_bytes(b"none")
+    (few / "f").mkdir()                                              # beside, and none of its own
+    assert embed(few, "run", "set", "--out", out).returncode == 0
+    assert (few / "f.html").exists() and "broken.png: " in (few / "f.skipped.txt").read_text()
+    assert embed(few, "run", "set", "--out", out).returncode == 0
+    (few / "set" / "broken.png").unlink()
+    done = embed(few, "run", "set", "--out", out, "--no-page")
+    assert done.returncode == 0, done.stderr
+    assert "removed: f.html, of an earlier output" in done.stdout and "removed: f.skipped.txt" in done.stdout
+    assert not (few / "f.html").exists() and not (few / "f.skipped.txt").exists() and (few / out).exists()
+
+
+def test_what_lies_beside_is_left_if_it_is_no_earlier_output(few):
+    assert embed(few, "run", "set", "--out", "f.npz", "--no-page").returncode == 0
+    (few / "f.html").write_text("mine")
+    done = embed(few, "run", "set", "--out", "f.npz", "--no-page")
+    assert done.returncode == 0 and "removed" not in done.stdout and (few / "f.html").read_text() == "mine"
+
+
+def test_names_with_lines_of_their_own_and_letters_of_no_alphabet(few):
+    names = ["a\rb.png", "a\u2028b.png", "a\nb\x0c.png", "a\"b,.png", os.fsdecode(b"a\xff.png")]
+    for k, name in enumerate(names):
+        Image.fromarray(image(k)).save(few / "new.png")
+        (few / "new.png").rename(few / "set" / name)
+    (few / "set" / "b\n\xad.png").write_bytes(b"none")
+    count = len(names) + 4
+    for k in range(10):
+        Image.fromarray(image(k)).save(few / "set" / f"more {k}.png")
+    count += 10
+    for out in ("f.npy", "f.csv"):
+        done = embed(few, "run", "set", "--out", out)
+        assert done.returncode == 0, done.stderr
+    assert len((few / "f.txt").read_text(encoding="utf-8").splitlines()) == count
+    assert len((few / "f.skipped.txt").read_text(encoding="utf-8").splitlines()) == 1
+    head, *rows = csv.reader((few / "f.csv").open(newline="", encoding="utf-8"))
+    assert {len(row) for row in rows} == {len(head)} == {33} and len(rows) == count
+    assert {*names[:-1], "a?.png"} <= {row[0] for row in rows}
+    assert np.allclose([[float(cell) for cell in row[1:]] for row in rows], np.load(few / "f.npy"), rtol=1e-5)
+
+
+def test_collapse_reads_names_of_no_alphabet(tmp_path):
+    names = ["a\u2028b.png", os.fsdecode(b"a\xff.png"), "a\x0c\x85.png", "c.png"]
+    h = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for form in ("csv", "npy"):
+        write_features(tmp_path / f"f.{form}", names, [(range(4), h)], 8)
+        assert np.allclose(instrument.read(tmp_path / f"f.{form}"), h, rtol=1e-6)
+        found = instrument.names_of(tmp_path / f"f.{form}", None, 4)
+        assert found[1] == "a?.png" and found[3] == "c.png"
 
 
 MEMORY = """

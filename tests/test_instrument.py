@@ -251,6 +251,13 @@ def test_tables_between_other_marks(place, name, mark):
     assert run(place, name).stdout == run(place, "z.npy").stdout
 
 
+def test_names_of_several_lines_are_cells_of_a_table(place):
+    z = np.load(place / "z.npy")
+    lines = [f'"a;{k}\r\n.png",' + ",".join(map(str, row)) for k, row in enumerate(z)]
+    (place / "names.csv").write_text("\n".join(["file," + ",".join(map(str, range(24))), *lines]) + "\n", newline="")
+    assert run(place, "names.csv").stdout.splitlines()[1:] == run(place, "z.npy").stdout.splitlines()
+
+
 def test_a_header_of_two_numbers_and_a_table_without_any(place):
     z = white(d=2)
     for first in ("", "0,1\n"):

@@ -97,6 +97,55 @@ def test_of_many_images_the_alike_and_the_odd_are_shown(tmp_path, monkeypatch):
     assert data["names"][data["odd"][0]] == "7.png"
 
 
+def test_of_many_images_the_odd_ones_are_those_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "MOST", 150)
+    h = torch.cat([features(500), features(500) + .3 * features(500, seed=1)])      # each beside one that may not be shown
+    page.write_page(tmp_path / "browse.html", "many", flat, h, [*range(1000)])
+    text, data = data_of(tmp_path / "browse.html")
+    assert [int(data["names"][place]) for place in data["odd"]] == page.odd_rows(page.nearest(h)[0])
+    shown = torch.tensor([int(name) for name in data["names"]])
+    cosines, rows = page.nearest(h[shown])
+    assert data["near"] == rows.tolist() and np.allclose(data["cosines"], cosines.numpy(), atol=6e-5)
+    assert "Click one to see the five of those shown whose features" in text
+
+
+def test_where_all_are_shown_the_nearest_are_those_of_all(tmp_path):
+    page.write_page(tmp_path / "browse.html", "few", flat, features(30), [*range(30)])
+    text, _ = data_of(tmp_path / "browse.html")
+    assert "Click one to see the five whose features" in text
+
+
+def test_how_many_duplicates_there_are_beside_the_pairs_shown(tmp_path):
+    h = features(120)
+    h[60:] = h[:60]
+    page.write_page(tmp_path / "browse.html", "", flat, h, [*range(120)])
+    text, data = data_of(tmp_path / "browse.html")
+    assert len(data["pairs"]) == 40 and (data["alike"], data["total"], data["bound"]) == ("120", "120", .999)
+    assert "The ${data.pairs.length} pairs with the largest cosines" in text
+    assert "${data.alike} of ${data.total} images have another at ${data.bound} or more" in text
+    assert "The ${data.odd.length} of ${data.total} images whose nearest" in text
+
+
+@pytest.mark.parametrize("shape, words", [((1, 8, 8), ""), ((7, 8, 8), "; of each is shown: mean of 7 channels"),
+                                          ((4, 6, 8, 8), "; of each is shown: central slice along the first axis, "
+                                           "channels 1 to 3 as RGB")])
+def test_what_part_of_an_image_is_shown_is_said(tmp_path, shape, words):
+    page.write_page(tmp_path / "browse.html", "", lambda rows: torch.ones(len(rows), *shape), features(8), [*range(8)])
+    assert f"8 images{words}. Click one" in data_of(tmp_path / "browse.html")[0]
+
+
+def test_a_class_without_a_name_is_said_to_be_empty(tmp_path):
+    page.write_page(tmp_path / "browse.html", "", flat, features(4), [*range(4)], classes=np.array(["", "a", " ", "a"]))
+    assert data_of(tmp_path / "browse.html")[1]["classes"] == ["(empty)", "a", "(empty)", "a"]
+
+
+def test_a_table_has_the_columns_of_all_rows_and_empty_cells():
+    text = page.table({"x": {"std": 1., "classes": 3, "names": [1]}, "y": {"std": 2., "view ratio": .5}})
+    head, *rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", text)]
+    assert head == ["", "std", "classes of 4 or more", "view ratio"]
+    assert rows == [["x", "1", "3", ""], ["y", "2", "", "0.5"]]
+
+
 # ---- The page ----------------------------------------------------------------------------------------------
 def test_no_name_becomes_html_and_nothing_is_asked_for(tmp_path):
     n = len(EVIL)

@@ -5,7 +5,6 @@
 
 Files are decoded while others are encoded; no more than a few batches are in memory.
 """
-import csv
 import os
 import zipfile
 from itertools import islice
@@ -133,22 +132,32 @@ class Nearest:
 
 
 # ---- Files of features -------------------------------------------------------------------------------------
+def as_line(name):
+    """A file's name as one line of text that any program reads."""
+    return " ".join(name.splitlines()).encode(errors="replace").decode()
+
+
+def csv_line(name, h):
+    quoted = name.replace('"', '""')
+    numbers = ",".join(f"{value:.8g}" for value in h)
+    return f'"{quoted}",{numbers}\n'.encode(errors="replace")       # a name may have lines of its own
+
+
 def write_features(path, names, parts, width):
     """Writes what embed() gives to .npz (features, files), .npy (and names to a .txt beside) or .csv."""
     kept = []
     with TemporaryDirectory(prefix=".embedding-", dir=path.parent) as scratch, atomic_write(path) as out:
         rows_file = out if path.suffix != ".npz" else open(Path(scratch, "features.npy"), "wb")
         if path.suffix == ".csv":
-            text = csv.writer(TextOf(out), lineterminator="\n")
-            text.writerow(["file", *range(width)])
+            head = ",".join(["file", *map(str, range(width))])
+            out.write(f"{head}\n".encode())
         else:
             write_npy_header(rows_file, np.float32, (len(names), width))
         for rows, h, *_ in parts:
             own = [names[row] for row in rows]
             kept += own
             if path.suffix == ".csv":
-                for name, line in zip(own, h.tolist()):
-                    text.writerow([name, *(f"{value:.8g}" for value in line)])
+                out.writelines(map(csv_line, own, h.tolist()))
             else:
                 rows_file.write(h.numpy().tobytes())
         if path.suffix != ".csv":
@@ -164,24 +173,60 @@ def write_features(path, names, parts, width):
                     for first in range(0, len(kept), 10_000):
                         inner.write(np.array(kept[first:first + 10_000], f"<U{longest}").tobytes())
     if path.suffix == ".npy":
-        lines = [name.replace("\n", " ") + "\n" for name in kept]
+        lines = [f"{as_line(name)}\n" for name in kept]
         atomic_write_text(path.with_suffix(".txt"), "".join(lines))
     return kept
 
 
-class TextOf:
-    """What csv writes to a file of bytes."""
+def is_own(file):
+    """Whether a file is what this command writes under such a name."""
+    try:
+        if file.suffix == ".npz":
+            with zipfile.ZipFile(file) as archive:
+                return {*archive.namelist()} == {"features.npy", "files.npy"}
+        if file.suffix == ".npy":
+            rows, _ = np.load(file, mmap_mode="r").shape
+            return rows == len(file.with_suffix(".txt").read_text(encoding="utf-8").splitlines())
+        if file.suffix == ".csv":
+            with open(file, "rb") as text:
+                return text.readline().startswith(b"file,0,")
+        if file.suffix == ".html":
+            text = file.read_bytes()
+            return b"<p>Features of " in text and b'<script id="data" type="application/json">' in text
+        if file.name.endswith(".skipped.txt"):
+            return all(": " in line for line in file.read_text(encoding="utf-8").splitlines())
+        return is_own(file.with_suffix(".npy"))          # the names beside it
+    except Exception:                                    # any of a dozen kinds, of files of another kind
+        return False
 
-    def __init__(self, file):
-        self.file = file
 
-    def write(self, text):
-        self.file.write(text.encode(errors="surrogateescape"))
+def refuse_to_overwrite(args):
+    """ValueError if --out, or what is written beside it, is a file of anybody else's."""
+    written = [args.out, args.out.with_suffix(".skipped.txt")]
+    if args.out.suffix == ".npy":
+        written.append(args.out.with_suffix(".txt"))
+    if not args.no_page:
+        written.append(args.out.with_suffix(".html"))
+    for file in filter(Path.exists, written):
+        if os.path.exists(args.data) and file.samefile(args.data):
+            raise ValueError(f"--out {args.out}: {file} is the data itself: give another --out")
+        if not is_own(file):
+            raise ValueError(f"--out {args.out}: {file} is there, and is no earlier output of this command: "
+                             "give another --out, or move that file away")
+
+
+def remove_stale(file):
+    """What an earlier output had beside it, and this one has not."""
+    if is_own(file):
+        file.unlink()
+        print(f"removed: {file}, of an earlier output")
 
 
 # ---- The command python -m kernels.embed -------------------------------------------------------------------
 def command(args):
     """ValueError or OSError with one line that says what is wrong."""
+    if args.out:
+        refuse_to_overwrite(args)
     encoder, prepare = load_encoder(args.run)
     nearest = None
     if args.like:
@@ -213,21 +258,26 @@ def command(args):
                 f"{len(skipped):,} of {len(names):,} cannot be embedded, of which one in ten may be skipped: "
                 f"{name} ({reason}); {len(rest):,} other")
 
+    stale = args.out and args.out.exists()
     if args.out:
         kept = write_features(args.out, names, watched(), encoder.features)
         count = len(kept)
     else:
         count = sum(len(rows) for rows, _ in watched())
     tell(args, prepare, count, skipped, encoder)
-    if args.out and not args.no_page and len(compared) > 1:
+    if stale and not skipped:
+        remove_stale(args.out.with_suffix(".skipped.txt"))
+    page = args.out and args.out.with_suffix(".html")
+    if page and not args.no_page and len(compared) > 1:
         def load(rows):
             return prepare.scale(np.stack([read(compared[row]) for row in rows]))
-        page = args.out.with_suffix(".html")
         lead = f"Features of {args.data} by the encoder of {args.run}."
         if count > len(compared):
             lead += f" Compared are {len(compared):,} of {count:,}, drawn at random."
         write_page(page, args.data, load, torch.cat(features), [names[row] for row in compared], lead=lead)
         print(f"page: {page}")
+    elif stale:
+        remove_stale(page)
     if nearest:
         nearest.tell()
 
@@ -268,7 +318,7 @@ def tell(args, prepare, count, skipped, encoder):
         print(f"note: {prepare.outside / prepare.seen:.2%} of the pixels lie outside {prepare.low:,.6g} to "
               f"{prepare.high:,.6g}, the range of training's images, and are cut")
     if skipped:
-        lines = "".join(f"{name}: {reason}\n" for name, reason in skipped)
+        lines = "".join(f"{as_line(name)}: {reason}\n" for name, reason in skipped)
         place = ""
         if args.out:
             place = f", listed in {args.out.with_suffix('.skipped.txt')}"

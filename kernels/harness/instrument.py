@@ -111,10 +111,13 @@ def read_table(path):
     a decimal comma may be, or tabs, if all lines have them; else commas, or blanks."""
     import csv
     with open(path, newline="", encoding="utf-8-sig") as text:
-        lines = [line for line in text if line.strip()]
-    mark = next((mark for mark in ";\t," if lines and all(mark in line for line in lines)), None)
-    cells = csv.reader(lines, delimiter=mark) if mark else (line.split() for line in lines)
-    lines = [line for line in cells if line]
+        first = text.readline()
+        for mark in [mark for mark in ";\t," if mark in first] + [None]:
+            text.seek(0)
+            cells = csv.reader(text, delimiter=mark) if mark else map(str.split, text)
+            lines = [line for line in cells if line]
+            if min(map(len, lines), default=0) > 1:
+                break
 
     def number(word):
         try:

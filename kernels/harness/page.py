@@ -3,7 +3,8 @@
     write_page(path, "stamps", load, h, names)       # load(rows) -> those images, float [n, C, *S] in [0, 1]
 
 The most alike pairs come first, then groups by k-means, then what is farthest from all; a click shows an
-image's nearest five with their cosines. Needs scikit-learn and Pillow beside torch.
+image's nearest five with their cosines. Of more than 2,000 images a part is shown: alike and odd are those of
+all, groups and the nearest five those of the images shown. Needs scikit-learn and Pillow beside torch.
 """
 import base64
 import html
@@ -21,12 +22,14 @@ from sklearn.cluster import KMeans
 from .. import bank_topk
 from .files import atomic_write_text
 from .images import fixed_order, limited, names_of, pixels
-from .pictures import picture
+from .pictures import part_shown, picture
 
 SIDE = 64                                                # of a thumbnail, pixels
 COLUMNS = 40                                             # of the sheet that holds them all
 MOST = 2000                                              # thumbnails
 PAIRS, ODD = 40, 24
+ALIKE = 0.999                                            # a cosine of (near-)duplicates
+HEADINGS = {"classes": "classes of 4 or more"}           # of columns whose name says too little here
 
 
 # ---- What is near what -------------------------------------------------------------------------------------
@@ -79,16 +82,13 @@ def groups(h):
     return [rows for rows in members if rows]
 
 
-def shown_rows(h):
-    """Rows that the page shows, in order: all, or the most alike, the odd ones and others at random."""
-    if len(h) <= MOST:
-        return torch.arange(len(h))
-    cosines, rows = nearest(h)
+def shown_rows(pairs, odd, count):
+    """Rows that the page shows, in order: all, or those of these pairs, the odd ones and others at random."""
     chosen = []
-    for _, one, other in alike_pairs(cosines, rows):
+    for _, one, other in pairs:
         chosen += [one, other]
-    chosen += odd_rows(cosines)
-    chosen += fixed_order(len(h)).tolist()
+    chosen += odd
+    chosen += fixed_order(count).tolist()
     once = [*dict.fromkeys(chosen)]
     return torch.tensor(once[:MOST]).sort().values
 
@@ -126,13 +126,14 @@ def address(kind, data):
 
 # ---- The page ----------------------------------------------------------------------------------------------
 def table(rows):
-    """{row: {column: number}} as HTML."""
-    first, *_ = rows.values()
-    columns = [name for name, value in first.items() if not isinstance(value, list)]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    """{row: {column: number}} as HTML; a cell is empty where its row does not have that column."""
+    cells = [cell for row in rows.values() for cell in row.items()]
+    columns = [*dict.fromkeys(name for name, value in cells if not isinstance(value, list))]
+    head = "".join(f"<th>{html.escape(HEADINGS.get(name, name))}</th>" for name in columns)
     lines = [f"<tr><th></th>{head}</tr>"]
     for name, row in rows.items():
-        cells = "".join(f"<td>{row.get(column, np.nan):.4g}</td>" for column in columns)
+        numbers = [f"{row[column]:.4g}" if column in row else "" for column in columns]
+        cells = "".join(f"<td>{number}</td>" for number in numbers)
         lines.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
     return f"<div class='wide'><table>{''.join(lines)}</table></div>"
 
@@ -143,14 +144,21 @@ def write_page(path, title, load, h, names, classes=None, parts=None, lead="", t
     names, classes, parts   of each image: its file or number, and, if there are any, its class and its split
     lead, tables, pictures  a sentence, {row: {column: number}} each, and PNG files, shown above the images
     """
-    rows = shown_rows(h)
+    cosines, near = nearest(h)
+    pairs, odd = alike_pairs(cosines, near), odd_rows(cosines)
+    alike = int((cosines[:, 0] >= ALIKE).sum())
+    rows = shown_rows(pairs, odd, len(h))
     own = h[rows]
-    cosines, near = nearest(own)
+    place_of = {row: place for place, row in enumerate(rows.tolist())}
+    if len(rows) < len(h):
+        cosines, near = nearest(own)
     place, lines = sheet(load, rows)
-    pairs = [[row, other, value] for value, row, other in alike_pairs(cosines, near)]
 
     def of_shown(words):
-        return None if words is None else [str(words[row]) for row in rows]
+        if words is None:
+            return None
+        chosen = [str(words[row]) for row in rows]
+        return [word if word.strip() else "(empty)" for word in chosen]
 
     data = {
         "names": of_shown(names),
@@ -158,17 +166,25 @@ def write_page(path, title, load, h, names, classes=None, parts=None, lead="", t
         "parts": of_shown(parts),
         "near": near.tolist(),
         "cosines": cosines.double().round(decimals=4).tolist(),
-        "pairs": pairs,
+        "pairs": [[place_of[one], place_of[other], value] for value, one, other in pairs],
         "groups": groups(own),
-        "odd": odd_rows(cosines),
+        "odd": [place_of[row] for row in odd],
+        "total": f"{len(h):,}",
+        "alike": f"{alike:,}",
+        "bound": ALIKE,
         "side": SIDE,
         "columns": COLUMNS,
         "lines": lines}
     # Names come from files: in a script "<" could end it, and strange letters are escaped by json.
     text = json.dumps(data).replace("<", "\\u003c")
-    count = f"{len(h):,} images"
+    count, five = f"{len(h):,} images", "five"
     if len(rows) < len(h):
         count = f"{len(rows):,} of {count}: the most alike, the odd ones and others at random"
+        five = "five of those shown"
+    first, *_ = load(rows[:1])
+    part = part_shown(*first.shape)
+    if part:
+        count += f"; of each is shown: {part}"
     figures = ""
     for file in pictures:
         shown = address("png", file.read_bytes())
@@ -177,6 +193,7 @@ def write_page(path, title, load, h, names, classes=None, parts=None, lead="", t
         "TITLE": html.escape(str(title)),
         "LEAD": html.escape(lead),
         "COUNT": count,
+        "FIVE": five,
         "TABLES": "".join(map(table, tables)),
         "FIGURES": figures,
         "SHEET": place,
@@ -252,7 +269,7 @@ aside ol { list-style: none; padding: 0 } aside li .image { width: 64px; height:
 <main>
 <h1>@TITLE@</h1>
 <p>@LEAD@</p>
-<p class="faint">@COUNT@. Click one to see the five whose features have the largest cosine with its own.</p>
+<p class="faint">@COUNT@. Click one to see the @FIVE@ whose features have the largest cosine with its own.</p>
 @TABLES@
 @FIGURES@
 <noscript><p>A script in this file puts the images in place; this browser does not run it.</p></noscript>
@@ -312,7 +329,9 @@ function section(title, words) {
   add(main, "p", words, "faint");
   return add(main, "div", undefined, "images");
 }
-const pairs = section("Most alike", "Pairs with the largest cosines: (near-)duplicates, if there are any.");
+const pairs = section("Most alike", `The ${data.pairs.length} pairs with the largest cosines, each of an ` +
+  "image and one of its nearest five: (near-)duplicates, if there are any. " +
+  `${data.alike} of ${data.total} images have another at ${data.bound} or more.`);
 pairs.classList.add("pairs");
 for (const [one, other, cosine] of data.pairs) {
   const pair = add(pairs, "div", undefined, "pair");
@@ -334,7 +353,8 @@ data.groups.forEach((rows, k) => {
   const images = section(`Group ${k + 1}`, words);
   for (const row of rows) image(images, row);
 });
-const odd = section("Farthest from all", "Their nearest others are the least alike, the oddest first.");
+const odd = section("Farthest from all", `The ${data.odd.length} of ${data.total} images whose nearest ` +
+  "five have the smallest mean cosine, the oddest first.");
 for (const row of data.odd) image(odd, row);
 choose(+location.hash.slice(1) in data.names ? +location.hash.slice(1) : 0);
 </script>

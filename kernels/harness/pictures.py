@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 from sklearn.manifold import TSNE
 
 from .images import fixed_order, names_of, pixels
@@ -24,10 +24,32 @@ NO_TERMS = "epoch", "loss", "RankMe", "knn", "meters"    # of a line of the hist
 
 
 def save_figure(figure, path):
-    """A picture that is never half written."""
+    """A picture that is never half written; its kind, png, pdf or svg, is that of its name."""
     with atomic_write(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # letters that the font lacks become boxes
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format=path.suffix[1:].lower(), dpi=120)
+
+
+def epoch_axis(axis, last):
+    """Epochs from 1 to the last, in whole numbers."""
+    last = max(last, 2)                                  # one epoch has an axis, too
+    room = 0.5 + 0.02 * last
+    axis.set(xlabel="epoch", xlim=(1 - room, last + room))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def loss_ticks(low, high):
+    """Numbers between these for an asinh axis: 1, 2, 5, 10, ... or powers of 10, of either sign; where few of
+    them lie, evenly spaced ones."""
+    for steps in ((1, 2, 5), (1,)):
+        sizes = [step * 10. ** power for power in range(-1, 39) for step in steps]
+        signed = {0., *sizes, *(-size for size in sizes)}
+        ticks = sorted(tick for tick in signed if low <= tick <= high)
+        if len(ticks) <= 14:
+            break
+    if len(ticks) < 3:
+        return MaxNLocator(6).tick_values(low, high)
+    return ticks[::1 + len(ticks) // 15]
 
 
 def loss_terms(history):
@@ -65,14 +87,16 @@ def plot_curves(history, probes, folder):
     for name in notes:
         plot(name, label=f"{name} (no term)", linestyle=":", linewidth=1)
     axes[0].set_yscale("asinh", linear_width=0.1)        # logarithmic, but for terms that cross 0
+    axes[0].yaxis.set_major_locator(FixedLocator(loss_ticks(*axes[0].get_ylim())))
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[0].minorticks_off()
     axes[0].set_title("loss and its terms, means over an epoch")
     axes[0].legend(fontsize=8, framealpha=0.5)
 
     ranks = [line.get("RankMe", math.nan) for line in history]
     axes[1].plot(epochs, ranks, "o")
-    axes[1].margins(y=0.08)                              # no point is cut by the frame
-    axes[1].set(title="RankMe of z, up to 256 test images", ylim=(0, None))
+    top = max(filter(math.isfinite, ranks), default=1)
+    axes[1].set(title="RankMe of z, up to 256 test images", ylim=(0, 1.08 * top))    # no point is cut
 
     if labelled:
         knn = [line.get("knn", math.nan) for line in history]
@@ -84,10 +108,7 @@ def plot_curves(history, probes, folder):
         axes[2].set(title="k-NN accuracy, test features", ylim=(0, 1.03))
         axes[2].legend(fontsize=8)
     for axis in axes:
-        last = max(epochs[-1], 2)                        # one epoch has an axis, too
-        room = 0.5 + 0.02 * last
-        axis.set(xlabel="epoch", xlim=(1 - room, last + room))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        epoch_axis(axis, epochs[-1])
     save_figure(figure, folder / "curves.png")
 
 
@@ -152,9 +173,24 @@ def picture(x):
     return x.clamp(0, 1).movedim(0, 2).numpy()
 
 
+def part_shown(channels, *sides):
+    """What of such images picture() shows, in words; nothing if it is all."""
+    words = []
+    if len(sides) == 3:
+        words.append("central slice along the first axis")
+    if channels == 4:
+        words.append("channels 1 to 3 as RGB")
+    elif channels not in (1, 3):
+        words.append(f"mean of {channels} channels")
+    return ", ".join(words)
+
+
 def shortened(name, most=16):
-    """The end of a file's name, which tells more than its folders."""
+    """The end of a file's name, which tells more than its folders; a class may have none."""
     name = str(name).encode(errors="replace").decode()
+    name = "".join(letter if letter.isprintable() else " " for letter in name)
+    if not name.strip():
+        return "(empty)"
     return name if len(name) <= most else "\N{HORIZONTAL ELLIPSIS}" + name[1 - most:]
 
 
@@ -165,11 +201,13 @@ def plain(name):
 
 def plot_images(rows, file, words=None):
     """A row of pictures for each of {title: images [n, C, *S]}, all of one shape; words: {title: two lines
-    below each of its pictures}."""
+    below each of its pictures}. Below all of them stands what part of an image is shown."""
     words = words or {}
+    first, *_ = rows.values()
+    part = part_shown(*first.shape[1:])
     count = max(map(len, rows.values()))
     width = 2 + 1.3 * count                              # inches, as all below
-    height = 0.3 + 1.3 * len(rows) + 0.35 * len(words)
+    height = 0.3 + 1.3 * len(rows) + 0.35 * len(words) + 0.25 * bool(part)
     figure = Figure(figsize=(width, height))
     axis = figure.add_axes([0, 0, 1, 1])                 # one for all: an axis for each takes seconds
     axis.set(xlim=(0, width), ylim=(0, height))
@@ -192,6 +230,8 @@ def plot_images(rows, file, words=None):
                 place = 2.2 + 1.3 * k, top + 0.07
                 axis.text(*place, line, ha="center", va="top", fontsize=8, parse_math=False)
             top -= 0.35
+    if part:
+        axis.text(0.15, 0.1, f"shown: {part}", fontsize=8)
     axis.set(xlim=(0, width), ylim=(0, height), aspect="auto")       # imshow has changed them
     save_figure(figure, file)
 
@@ -233,7 +273,7 @@ def plot_neighbours(data, h, h_test, folder):
 
     words = {"test image": [lines("", test_files[row], data.test_labels, row) for row in rows.tolist()]}
     for number, (cosines, column) in enumerate(zip(nearest.values.T, nearest.indices.T), 1):
-        title = f"nearest {number}"
+        title = f"nearest {number}\n(cosine)"
         shown[title] = pixels(data.images, column)
         words[title] = []
         for value, row in zip(cosines.tolist(), column.tolist()):
@@ -244,12 +284,16 @@ def plot_neighbours(data, h, h_test, folder):
 def plot_embedding(data, h_test, folder):
     """embedding.png: up to 1,000 test features in 2-D, by class; without labels 150 of them as images."""
     rows = fixed_order(len(h_test))[:1000]
-    perplexity = min(30, len(rows) / 4)
-    places = h_test[rows, :2]
-    shown = h_test[rows]
-    if shown.std(0).max() > 1e-6 * shown.abs().max():    # TSNE crashes on one point
-        tsne = TSNE(perplexity=perplexity, random_state=0)
-        places = tsne.fit_transform(shown)               # [n, 2]
+    h = h_test[rows]
+    title = "first two features: all at one point, t-SNE has nothing to place"
+    places = h[:, :2]
+    if h.std(0).max() > 1e-6 * h.abs().max():            # TSNE crashes on one point
+        title = "t-SNE of the encoder's test features"
+        tsne = TSNE(perplexity=min(30, len(rows) / 4), random_state=0)
+        places = tsne.fit_transform(h)                   # [n, 2]
+    notes = []
+    if len(rows) < len(h_test):
+        notes.append(f"{len(rows):,} of the {len(h_test):,} looked at")
     figure = Figure(figsize=(10, 8), layout="constrained")
     axis = figure.subplots()
 
@@ -257,9 +301,12 @@ def plot_embedding(data, h_test, folder):
         axis.scatter(*places.T, s=1)
         images = pixels(data.test_images, rows[:150])
         for place, x in zip(places, images):
-            zoom = 20 / x.shape[-1]
-            image = OffsetImage(picture(x), zoom=zoom)
+            shown = picture(x)
+            image = OffsetImage(shown, zoom=20 / max(shown.shape[:2]))
             axis.add_artist(AnnotationBbox(image, place, frameon=False))
+        if len(images) < len(rows):
+            notes.append(f"{len(images)} of {len(rows):,} as images")
+        notes.append(part_shown(*images.shape[1:]))
     else:
         count = len(data.classes)
         if count <= 20:
@@ -276,8 +323,13 @@ def plot_embedding(data, h_test, folder):
             name = plain(name)
             marker = "os^D"[k // 20 % 4]
             axis.scatter(*places[own].T, s=14, color=[colours[k]], marker=marker, label=name)
-        columns = math.ceil(count / 30)
-        size = 11 if count <= 20 else 8
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2, ncols=columns, fontsize=size)
-    axis.set(xticks=[], yticks=[], title="t-SNE of the encoder's test features")
+        if count <= 60:
+            columns = math.ceil(count / 30)
+            size = 11 if count <= 20 else 8
+            side = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+            axis.legend(markerscale=2, ncols=columns, fontsize=size, **side)
+        else:                                            # it would not fit beside the points
+            notes.append(f"{count} classes, no legend")
+    lines = title, ", ".join(filter(None, notes))
+    axis.set(xticks=[], yticks=[], title="\n".join(lines).strip())
     save_figure(figure, folder / "embedding.png")

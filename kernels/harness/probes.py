@@ -153,9 +153,9 @@ def features_of(encoder, data):
 
 def print_table(rows):
     """{row: {column: number}}, a column as wide as its name."""
-    first, *_ = rows.values()
+    first, *others = rows.values()
     columns = [name for name, value in first.items()
-               if not isinstance(value, list) and all(name in row for row in rows.values())]
+               if not isinstance(value, list) and all(name in row for row in others)]
     width = max(18, *map(len, rows))
     print(f"\n{'':{width}}", *(f"{name:>8}" for name in columns))
     for name, row in rows.items():
@@ -183,10 +183,10 @@ def report(model, data, untrained, history, folder, **more_probes):
     probed = limited(data)
     pixel_rows = [encode(small_pixels, images) for images in (probed.images, probed.test_images)]
     probes = {"raw pixels": probe(probed, *pixel_rows)}
-    probes.update({**untrained["probes"], "trained encoder": trained.probe, **more_probes})
+    probes |= {**untrained["probes"], "trained encoder": trained.probe, **more_probes}
     panels = {"untrained z": untrained["panel"], **trained.panels}
     sentence = verdict(panels["projector z"], panels["untrained z"])
-    findings = {"probes": probes, "panels": panels, "verdict": sentence}
+    findings = {"epochs": len(history), "probes": probes, "panels": panels, "verdict": sentence}
     atomic_write_text(folder / "report.json", json.dumps(findings, indent=1))
     save_encoder(model.encoder, data, folder)
 
