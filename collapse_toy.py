@@ -14,9 +14,11 @@ Expect a table, theory beside measurement, and seven figures in runs/collapse_to
 EPYC. Without frustration labels stop 0.94 apart and stay there. With 10 frustrated samples among 260 all
 distances shrink by exp(-0.0461 t), for ever. A head W between the two sides makes it faster; the same head
 with stop-gradient keeps the labels 3.1 apart. Time is in units of 1 / (a clean sample's rate), length in
-standard deviations of the class centres. Collapse does not cost nearest-label accuracy of clean samples (F1):
-they reach their labels faster than labels meet, and what is lost is the margin against noise (crosses). In
-the linear teacher-student accuracy does fall (F6 with --frustration .2).
+standard deviations of the class centres. Collapse costs clean samples no nearest-label accuracy (F1) while it
+keeps its shape: they stay 1 / (1 - λ) times as far from the common mean as their labels, λ the slow rate, and
+what is lost is the margin against noise (crosses). Where pairs do not fill whole decks one mode outlives the
+others and accuracy falls in the end (timeline, --samples 5 --frustration .3: .8 from t = 64 on, where labels
+are 3e-10 apart). In the linear teacher-student it falls early (F6 with --frustration .2).
 
 The paper states (public pages; its text was not at hand): samples and labels are trained by full-batch
 gradient descent on squared error; classifiable data never collapse; few frustrated samples collapse all
@@ -32,6 +34,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from dataclasses import dataclass, replace
 from itertools import combinations, count
@@ -40,6 +43,7 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")      # numpy reads it: small matrices want no threads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)       # Ctrl-C while packages load: no traceback
 import numpy as np
 import torch
 from matplotlib import rcParams
@@ -296,17 +300,41 @@ def gradient(system, z, W, head):
     return to_z, residual.T @ z
 
 
+def jacobian(system, z, W):
+    """Of gradient() under head+sg, all vectors flat, then the head: [(M + K) d + d d] twice."""
+    d = len(W)
+    one = np.eye(d)
+    own_z = system.own @ z
+    cross_z = system.cross @ z
+    residual = own_z @ W.T - cross_z
+
+    own_by_z = np.kron(system.own.toarray(), W.T @ W)
+    cross_by_z = np.kron(system.cross.toarray(), W.T)
+    z_by_W = np.einsum("ia,bj->ijba", own_z, W).reshape(-1, d * d) + np.kron(residual, one)
+    W_by_z = np.einsum("ac,kb->abkc", W, own_z)
+    W_by_z -= np.einsum("ac,kb->abkc", one, cross_z)
+    W_by_z += np.einsum("bc,ka->abkc", one, residual)
+    W_by_W = np.kron(one, z.T @ own_z)
+    return np.block([[own_by_z - cross_by_z, z_by_W], [W_by_z.reshape(d * d, -1), W_by_W]])
+
+
 def descent(system, W, head, eta, lr, times):
-    """Full-batch gradient descent, as in the paper, at the steps nearest to `times`; returns as flow."""
+    """Full-batch gradient descent, as in the paper, at the steps nearest to `times`; returns as flow.
+
+    FloatingPointError where it diverges.
+    """
     z = system.start
     z_seen = []
     W_seen = []
     done = 0
     for steps in np.round(np.array(times) / lr).astype(int):
-        for _ in range(steps - done):
-            to_z, to_W = gradient(system, z, W, head)
-            z = z - lr * system.rates[:, None] * to_z
-            W = W - lr * eta * to_W
+        with np.errstate(over="ignore", invalid="ignore"):                  # said below
+            for _ in range(steps - done):
+                to_z, to_W = gradient(system, z, W, head)
+                z = z - lr * system.rates[:, None] * to_z
+                W = W - lr * eta * to_W
+        if not (np.isfinite(z).all() and np.isfinite(W).all()):
+            raise FloatingPointError(f"descent at steps of {lr:.3g} diverges (head: {head})")
         done = steps
         z_seen.append(z)
         W_seen.append(W)
@@ -333,6 +361,15 @@ def largest_step(system):
     return 2 / decay[-1]
 
 
+def largest_step_of_head(system, eta):
+    """The same for W alone, at the start: dL/dW = W C - B, where C = z^T own z has its rates as eigenvalues.
+
+    Rates of vectors and head add up at most, so half of the lower bound is stable for both at once.
+    """
+    C = system.start.T @ (system.own @ system.start)
+    return 2 / (eta * np.linalg.eigvalsh(C)[-1])
+
+
 def headless_flow(system, times):
     """Exact gradient flow without head, each mode decays by itself: [T, M + K, d]."""
     decay, mode = spectrum(system)
@@ -346,7 +383,8 @@ def flow(system, W, head, eta, times, tol=1e-10, method="LSODA"):
 
         dz/dt = -rates dL/dz        dW/dt = -eta dL/dW
 
-    Exact without head; else by an adaptive solver with relative error tol, which wants one flat state.
+    Exact without head; else by an adaptive solver with relative error tol, which wants one flat state. Under
+    head+sg LSODA is given the derivatives: its finite differences would cost most of the time.
     -> z [T, M + K, d], W [T, d, d] at `times` [T], ascending.
     """
     if head == "none":
@@ -360,8 +398,17 @@ def flow(system, W, head, eta, times, tol=1e-10, method="LSODA"):
         to_z *= system.rates[:, None]
         return -np.r_[to_z.ravel(), eta * to_W.ravel()]
 
+    each_rate = np.r_[np.repeat(system.rates, shape[1]), np.full(W.size, eta)]
+
+    def derivatives(_, state):
+        z = state[:size].reshape(shape)
+        return -each_rate[:, None] * jacobian(system, z, state[size:].reshape(W.shape))
+
+    more = {"jac": derivatives} if head == "head+sg" and method == "LSODA" else {}
     first = np.r_[system.start.ravel(), W.ravel()]
-    solution = solve_ivp(velocity, (0, times[-1]), first, method, times, rtol=tol, atol=tol / 100)
+    solution = solve_ivp(velocity, (0, times[-1]), first, method, times, rtol=tol, atol=tol / 100, **more)
+    if not solution.success:
+        raise FloatingPointError(f"gradient flow stops short (head: {head})")
     path = solution.y.T                                # [T, (M + K) d + d d]
     z_path = path[:, :size].reshape(-1, *shape)
     W_path = path[:, size:].reshape(-1, *W.shape)
@@ -391,9 +438,10 @@ def slow_rate(K, n, m, w=1.):
 
 
 def late_times(K, n, m, w=1.):
-    """Two times [2] when of the labels' modes only the slow one is left, by exp(-20) and more."""
+    """Two times [2] when of the labels' modes only the slow one is left, by exp(-20) and more; earlier where
+    that one would by then have shrunk as far itself, to rounding errors."""
     slow, faster, *_ = label_rates(K, n, m, w)
-    return np.array([2, 3]) / slow + 20 / (faster - slow)
+    return np.array([2, 3]) / slow + min(20 / (faster - slow), 17 / slow)
 
 
 def squared_samples(K, n, m):
@@ -428,7 +476,8 @@ def overlaps(system):
     """mu_k, descending [K]: eigenvalues of D_y^-1 A^T D_x^-1 A, the way from labels to samples and back.
 
     own = (D_x; D_y), cross = A; of a teacher they are squared canonical correlations. head+sg takes eig(W) to
-    ±sqrt(mu_k): at rest X W^T = D_x^-1 A Y and Y W^T = D_y^-1 A^T X.
+    ±sqrt(mu_k) in directions that survive: at rest X W^T = D_x^-1 A Y and Y W^T = D_y^-1 A^T X. The others
+    rest where their vectors died.
     """
     K = system.classes
     own = system.own.toarray()
@@ -525,8 +574,8 @@ class Case:
     size: int                  # what the loss is divided by for a mean: N, or 1 where it is one already
     every: System              # with a row for every single sample
     merged: System             # with as few rows as there can be
-    inputs: csr_matrix         # [clean samples, M], times z[:-K]: their vectors, class after class
-    rate: float                # of the collapse
+    inputs: csr_matrix         # [n K, M], times z[:-K]: clean samples, or all of a teacher, by true class
+    rate: float                # of the collapse; 0 where no rate is common to all classes
     plateau: np.ndarray        # labels before it [K, d]
     height: float              # loss per sample before it
 
@@ -542,14 +591,22 @@ def graph_case(args, frustrated, d):
     N = len(edges)
     p = frustrated / N
     clean = eye(n * K, N, format="csr")
-    rate = slow_rate(K, n, frustrated / math.comb(K, 2), w)
+    connected = zero_modes(merged) == 1
+    rate = slow_rate(K, n, frustrated / math.comb(K, 2), w) if connected else 0.
     plateau = aligned_labels(every, n)
     return Case(p, N, every, merged, clean, rate, plateau, plateau_loss(p, plateau, w))
+
+
+def relabelled_share(args, p):
+    """The nearest to p that whole samples can make: 8 n per class."""
+    n = 8 * args.samples
+    return round(p * n) / n
 
 
 def teacher_case(args, p):
     """The linear student, with 8 n samples per class; B is small, there is nothing to merge."""
     K, n = args.classes, 8 * args.samples
+    p = relabelled_share(args, p)
     start = default_rng(args.seed).normal(size=(K + NOISE_DIMS + K, args.dim))
     system, s = teacher_student(K, n, p, default_rng(args.seed), start)
     clean, _ = teacher_student(K, n, 0, default_rng(args.seed), start)
@@ -559,23 +616,33 @@ def teacher_case(args, p):
     return Case(p, 1, system, system, s, p / (K - 1), plateau, height)
 
 
+def only_rounding(labels):
+    """Whether two labels [K, d] are as near as rounding errors of float64 bring them: a distance that says
+    nothing."""
+    return pdist(labels).min() < 1e-12 * np.abs(labels).max()
+
+
 def accuracy(case, z):
-    """Share of clean samples whose nearest label is their own, z [M + K, d]."""
+    """Share of case.inputs whose nearest label is that of their class, z [M + K, d]; NaN once labels met."""
     K = case.every.classes
-    x = case.inputs @ z[:-K]                           # [clean samples, d]
+    if only_rounding(z[-K:]):
+        return math.nan
+    x = case.inputs @ z[:-K]                           # [n K, d]
     nearest = cdist(x, z[-K:]).argmin(1)
     right = np.repeat(np.arange(K), len(x) // K)
     return np.mean(nearest == right)
 
 
 def margin(case, z):
-    """Noise that every clean sample bears: least distance to a plane halfway between its label and another.
+    """Noise that all of case.inputs bear: least distance to a plane halfway between their label and another.
 
-    Below 0 where a sample's nearest label is another one.
+    Below 0 where a sample's nearest label is another one; NaN once labels met.
     """
     K = case.every.classes
-    x = case.inputs @ z[:-K]                           # [clean samples, d]
-    squares = cdist(x, z[-K:], "sqeuclidean")          # [clean samples, K]
+    if only_rounding(z[-K:]):
+        return math.nan
+    x = case.inputs @ z[:-K]                           # [n K, d]
+    squares = cdist(x, z[-K:], "sqeuclidean")          # [n K, K]
     own = np.repeat(np.arange(K), len(x) // K)
     with np.errstate(divide="ignore", invalid="ignore"):
         distances = (squares - squares[range(len(x)), own][:, None]) / (2 * cdist(z[-K:], z[-K:])[own])
@@ -583,8 +650,12 @@ def margin(case, z):
 
 
 def d_min(z, K):
-    """Smallest distance of two labels at each time: [T, M + K, d] -> [T]."""
-    return np.array([pdist(now[-K:]).min() for now in z])
+    """Smallest distance of two labels at each time: [T, M + K, d] -> [T]; NaN once labels met."""
+    found = []
+    for now in z:
+        labels = now[-K:]
+        found.append(math.nan if only_rounding(labels) else pdist(labels).min())
+    return np.array(found)
 
 
 def decay_rate(z, times, K):
@@ -595,11 +666,14 @@ def decay_rate(z, times, K):
     return math.log(early / late) / (times[1] - times[0])
 
 
+MOST_STEPS = 12_000        # of a descent, whatever the step
+
+
 def moments(lr, longest):
-    """Times of lines, and of points, which are whole steps of gradient descent: at most 12,000, or until .1
-    where that is later."""
-    first = max(1, .1 / lr)
-    last = min(longest / lr, 12_000)
+    """Times of lines, and of points, which are whole steps of gradient descent, at most MOST_STEPS: from .1
+    on, or from a tenth of the last where that is earlier."""
+    last = min(longest / lr, MOST_STEPS)
+    first = max(1, min(.1 / lr, last / 10))
     points = lr * np.unique(np.geomspace(first, last, 22).round())
     lines = np.union1d(np.geomspace(.1, longest, 120), points)
     return lines, points
@@ -607,8 +681,15 @@ def moments(lr, longest):
 
 def report(name, theory, measured):
     """One row of the table; apart is relative to theory, absolute where that is 0."""
+    if math.isnan(theory) or math.isnan(measured):
+        return leave_out(name, "labels met: only rounding is left")
     apart = abs(measured - theory) / (abs(theory) or 1)
     print(f"{name:70}{theory:14.8g}{measured:14.8g}{apart:9.0e}")
+
+
+def leave_out(name, why):
+    """The row of what has no value here."""
+    print(f"{name:70}{why:>37}")
 
 
 # ==== Experiments ===========================================================================================
@@ -628,8 +709,8 @@ def plot_points(axis, times, values, colour):
     axis.plot(times, values, "o", ms=4, c=colour)
 
 
-def plot_timeline(axes, cases, lr, longest):
-    """Without head: loss per sample, accuracy on clean samples, D_min and the margin against noise."""
+def plot_timeline(axes, cases, lr, longest, accuracy_name, margin_name):
+    """Without head: loss per sample, accuracy, D_min and the margin against noise."""
     loss_axis, accuracy_axis, distance_axis = axes
     lines, points = moments(lr, longest)
     K, d = cases[0].plateau.shape
@@ -647,7 +728,7 @@ def plot_timeline(axes, cases, lr, longest):
         plot_points(accuracy_axis, points, hits, colour)
         plot_points(distance_axis, points, d_min(z, K), colour)
         margins = [margin(case, now) for now in z]
-        name = "margin of clean samples" if case.rate else None
+        name = margin_name if case.p else None
         distance_axis.plot(points, margins, "x", ms=4, c=colour, label=name)
 
         if case.rate:
@@ -655,11 +736,12 @@ def plot_timeline(axes, cases, lr, longest):
             distance = pdist(case.plateau).min()
             loss_axis.plot(lines, case.height * shrinks ** 2, "k:", label="plateau x exp(-2 λ t)")
             distance_axis.plot(lines, distance * shrinks, "k:", label="plateau x exp(-λ t)")
+        if case.p:
             distance_axis.legend()
 
     loss_axis.set(xlabel=TIME, ylabel="loss per sample", ylim=(1e-7, 30))
     loss_axis.legend()
-    accuracy_axis.set(xlabel=TIME, ylabel="accuracy on clean samples", ylim=(0, 1.05), xscale="log")
+    accuracy_axis.set(xlabel=TIME, ylabel=accuracy_name, ylim=(0, 1.05), xscale="log")
     distance_axis.set(xlabel=TIME, ylabel=LENGTH, ylim=(1e-3, 10))
 
 
@@ -701,12 +783,13 @@ def plot_heads(axis, case, heads, eta, lr, longest, story):
 
 def run_timeline(args):
     """F1: without head, noise dies at rate 1, then frustration shrinks all classes; at p = 0 nothing does."""
-    K, n, w = args.classes, args.samples, args.frustrated_weight
+    K = args.classes
     clean = graph_case(args, 0, args.dim)
     torn = graph_case(args, args.frustrated, args.dim)
     figure = new_figure(10.5, 3.4)
     cases = [clean, torn] if args.frustrated else [clean]
-    plot_timeline(figure.subplots(1, 3), cases, args.lr, 400)
+    names = "accuracy on clean samples", "margin of clean samples"
+    plot_timeline(figure.subplots(1, 3), cases, args.lr, 400, *names)
 
     z = headless_flow(clean.merged, [1000])
     name = "p = 0: D_min at t = 1000 against y* in closed form"
@@ -714,9 +797,29 @@ def run_timeline(args):
     if not args.frustrated:
         return {"F1_timeline.png": figure}
 
-    late = late_times(K, n, args.frustrated / math.comb(K, 2), w)
+    if torn.rate:
+        report_rate(args, torn)
+    else:
+        why = f"none in common: {zero_modes(torn.merged)} groups of classes"
+        leave_out(f"p = {torn.p:.3g}: slow rate", why)
+
+    decay, _ = spectrum(torn.merged)
+    vanishing = np.sum(decay < 1e-9)
+    components = zero_modes(torn.merged)
+    report("zero modes: connected components against vanishing rates", components, vanishing)
+    return {"F1_timeline.png": figure}
+
+
+def report_rate(args, torn):
+    """Rows of the one rate at which all classes collapse."""
+    K, n, w = args.classes, args.samples, args.frustrated_weight
+    pairs = math.comb(K, 2)
+    late = late_times(K, n, args.frustrated / pairs, w)
     z = headless_flow(torn.merged, late)
-    report(f"p = {torn.p:.3g}: slow rate, 3 x 3 matrix", torn.rate, decay_rate(z, late, K))
+    name = f"p = {torn.p:.3g}: slow rate, 3 x 3 matrix"
+    if args.frustrated % pairs:
+        name += " (pairs are not whole decks)"
+    report(name, torn.rate, decay_rate(z, late, K))
 
     aligned = 5 / min(1, 2 * w)                        # by then samples sit at the mean of their labels
     z = headless_flow(torn.merged, [aligned])[0]
@@ -725,15 +828,12 @@ def run_timeline(args):
     report(name, expected, headless_loss(torn.merged, z) / torn.size)
 
     # Samples follow their label, x' = y - x, and are late: x = y / (1 - λ) about the common mean.
-    z, _ = descent(torn.every, np.eye(args.dim), "none", 0, args.lr, [60])
-    name = "margin of clean samples over D_min / 2 at t = 60, about 1 / (1 - λ)"
+    t = min(60, MOST_STEPS * args.lr, 20 / torn.rate)
+    name = f"margin of clean samples over D_min / 2 at t = {t:.3g}, about 1 / (1 - λ)"
+    if (1 - torn.rate) * t < 5:                        # what they were before dies by that much more
+        return leave_out(name, "too early: samples still settle")
+    z, _ = descent(torn.every, np.eye(args.dim), "none", 0, args.lr, [t])
     report(name, 1 / (1 - torn.rate), 2 * margin(torn, z[0]) / d_min(z, K)[0])
-
-    decay, _ = spectrum(torn.merged)
-    vanishing = np.sum(decay < 1e-9)
-    components = zero_modes(torn.merged)
-    report("zero modes: connected components against vanishing rates", components, vanishing)
-    return {"F1_timeline.png": figure}
 
 
 def run_rate(args):
@@ -780,7 +880,8 @@ def run_rate(args):
 
 
 def run_heads(args):
-    """F3: four heads, one start. F4: head+sg takes eig(W) to ±sqrt(mu_k), here from W = diag(1, -1, ...)."""
+    """F3: four heads, one start. F4: head+sg takes eig(W) to ±sqrt(mu_k), here from W = diag(1, -1, ...),
+    in directions that survive; the others rest where their vectors died."""
     K, d, lr = args.classes, args.dim, args.lr
     case = graph_case(args, args.frustrated, d)
     eta = 1 / case.size
@@ -845,10 +946,10 @@ def run_transition(args):
 
     meet = gap(.6) < 0                                 # weak ties may never bring mu down to c
     edge = brentq(gap, 1e-6, .6) if meet else .3
-    p = edge * np.array([.1, .3, .5, .7, .9, 1.1, 1.8])
+    p = np.minimum(edge * np.array([.1, .3, .5, .7, .9, 1.1, 1.8]), .95)
     points = [measured(share, True) for share in p]
     loose = [measured(share, False) for share in p[::3]]
-    fine = np.linspace(1e-4, 2 * edge, 400)
+    fine = np.linspace(1e-4, min(2 * edge, .95), 400)
     line = [theory(share)[1] for share in fine]
 
     figure = new_figure()
@@ -871,13 +972,20 @@ def run_transition(args):
 def run_teacher(args):
     """F6: the same stories for a linear student x = B s of K prototypes, where a fraction p is relabelled."""
     K = args.classes
-    cases = [teacher_case(args, p) for p in sorted({0, args.frustration})]
+    shares = [.005, .01, .02, .05, .1, .15, .2, .3, .4]
+    none = [share for share in [args.frustration, *shares] if share and not relabelled_share(args, share)]
+    if none:
+        names = ", ".join(f"{share:.3g}" for share in sorted(set(none)))
+        print(f"note: of {8 * args.samples} samples a class {names} are less than one: not drawn")
+
+    asked = {0, relabelled_share(args, args.frustration)}
+    cases = [teacher_case(args, p) for p in sorted(asked)]
     lr = largest_step(cases[0].every) / 8
     figure = new_figure(10.5, 6.4)
     *timeline, slow_axis, heads_axis = figure.subplot_mosaic("AABBCC\nDDDEEE").values()
-    plot_timeline(timeline, cases, lr, 1000)
+    plot_timeline(timeline, cases, lr, 1000, "accuracy, true class", "margin, true class")
 
-    p = np.array([.005, .01, .02, .05, .1, .15, .2, .3, .4])
+    p = np.unique([relabelled_share(args, share) for share in shares if share not in none])
     found = []
     for share in p:
         decay, _ = spectrum(teacher_case(args, share).every)
@@ -885,9 +993,11 @@ def run_teacher(args):
     slow_axis.loglog(p, (K - 1) / p, label="(K - 1) / p")
     slow_axis.plot(p, 1 / np.array(found), "o", label="mean of K - 1 eigenmodes")
     slow_axis.legend()
-    for k in (1, 3, 4, 6):
-        name = f"teacher-student: mean slow rate at p = {p[k]:.2g}, p / (K - 1)"
-        report(name, p[k] / (K - 1), found[k])
+    tabled = [relabelled_share(args, share) for share in (.01, .05, .1, .2)]
+    for share, rate in zip(p, found):
+        if share in tabled:
+            name = f"teacher-student: mean slow rate at p = {share:.3g}, p / (K - 1)"
+            report(name, share / (K - 1), rate)
 
     plot_heads(heads_axis, cases[-1], args.heads, .1, lr, 1000, "teacher-student")
     for axis in figure.axes:
@@ -904,8 +1014,8 @@ def run_plane(args):
     for part in np.split(case.every.start, [first_torn, case.size]):        # clean, frustrated, labels
         part -= part.sum(0) / max(1, len(part))
 
-    frames = 31 if args.animate else 4
-    longest = min(100, 12_000 * args.lr)
+    frames = 32 if args.animate else 4                 # 1, 10 and 100 are among them
+    longest = min(100, MOST_STEPS * args.lr)
     times = np.r_[0, np.geomspace(longest / 100, longest, frames - 1)]
     paths = {}
     for head in ("none", "head+sg") if args.head == "all" else args.heads:
@@ -925,7 +1035,7 @@ def run_plane(args):
 
     figure = new_figure(10.5, 2.75 * len(paths))
     axes = figure.subplots(len(paths), 4, squeeze=False)
-    for column, k in zip(axes.T, range(0, frames, frames // 3)):
+    for column, k in zip(axes.T, (0, 1, frames // 2, frames - 1)):
         plot_frames(column, k)
     if not args.animate:
         return {"F7_plane.png": figure}
@@ -943,11 +1053,30 @@ EXPERIMENTS = {"timeline": run_timeline, "rate": run_rate, "heads": run_heads,
 
 
 # ==== Command line ==========================================================================================
-def die(message):
-    """One line, whatever the message quotes, and exit code 2."""
+# Options and the experiments on which they have no effect.
+UNUSED = {"--frustration": ("rate", "transition"), "--frustrated": ("rate", "transition"),
+          "--frustrated-weight": ("teacher",), "--head": ("timeline", "rate", "transition"),
+          "--dim": ("plane",), "--lr": ("rate", "transition", "teacher"), "--seed": ("transition",),
+          "--animate": ("timeline", "rate", "heads", "transition", "teacher")}
+
+
+def die(message, code=2):
+    """One line, whatever the message quotes, and an exit code."""
     line = " ".join(message.split())
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
+
+
+def typed():
+    """Options as the user gave them, without values."""
+    return {word.partition("=")[0] for word in sys.argv[1:]}
+
+
+def say_unused(experiment):
+    """A note on options that are given, but do nothing."""
+    given = [option for option in UNUSED if option in typed() and experiment in UNUSED[option]]
+    if given:
+        print(f"note: {', '.join(given)}: without effect on --experiment {experiment}")
 
 
 def between(low, high, kind=float):
@@ -966,25 +1095,30 @@ def options():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = die
     add = parser.add_argument
+    take_many = "; rate and transition take many"
     add("--experiment", default="all", choices=["all", *EXPERIMENTS], help="which one to run")
     add("--classes", type=between(2, 10, int), default=5, help="K, labels, 2 to 10")
     add("--samples", type=between(2, 400, int), default=50, help="n, clean samples per class, 2 to 400")
 
     how_many = parser.add_mutually_exclusive_group()
     how_many.add_argument("--frustration", type=between(0, .999), default=.04,
-                          help="p, fraction of samples tied to two labels, 0 to 0.999")
+                          help="p, fraction of samples tied to two labels, 0 to 0.999" + take_many)
     how_many.add_argument("--frustrated", type=between(0, 5000, int), default=None,
-                          help="the same as a number of samples, 0 to 5000; None: --frustration says")
+                          help="the same as a number of samples, 0 to 5000; None: --frustration says"
+                               + take_many)
     add("--frustrated-weight", type=between(.01, 10), default=1.,
         help="w, weight of each of a frustrated sample's two ties, 0.01 to 10; teacher has none")
 
-    add("--head", default="all", choices=["all", *HEADS], help="which to draw where heads are compared")
+    add("--head", default="all", choices=["all", *HEADS],
+        help="which to draw where heads are compared: heads, teacher, plane")
     add("--dim", type=between(2, 16, int), default=8,
         help="d, dimensions of the embedding, 2 to 16; plane has 2")
-    add("--lr", type=float, default=None, help="step of gradient descent; None: half the stable bound")
+    add("--lr", type=float, default=None,
+        help="step of gradient descent; None: half the stable bound; rate and transition have none, teacher "
+             "its own")
     add("--seed", type=between(0, 2 ** 32 - 1, int), default=0,
-        help="of starts, pairs and relabelled samples")
-    add("--animate", action="store_true", help="plane as a GIF too")
+        help="of starts, pairs and relabelled samples; transition draws none")
+    add("--animate", action="store_true", help="plane as a GIF too; the others have none")
     add("--out", default=None, help="run folder, new or empty; None: runs/collapse_toy-1, -2, ...")
     return parser
 
@@ -995,21 +1129,28 @@ def parse():
     clean = args.classes * args.samples
     args.heads = HEADS if args.head == "all" else (args.head,)
 
+    p = args.frustration
+    wanted = p / (1 - p) * clean
     if args.frustrated is None:
-        p = args.frustration
-        wanted = p / (1 - p) * clean
         args.frustrated = round(wanted)
-        if args.frustrated > 5000 or p and not args.frustrated:
-            die(f"--frustration {p} makes {wanted:.2g} frustrated of {clean} clean: none, or from 1 to 5000")
+        if "--frustration" not in typed():             # few samples: the default is one of them
+            args.frustrated = max(1, args.frustrated)
     else:
         args.frustration = args.frustrated / (clean + args.frustrated)
+    args.frustrated_fraction = args.frustrated / (clean + args.frustrated)
+    if args.experiment in UNUSED["--lr"]:              # no samples tied so, no descent of them
+        return args
 
+    if args.frustrated > 5000 or args.frustration and not args.frustrated:
+        die(f"--frustration {p} makes {wanted:.2g} frustrated of {clean} clean: none, or from 1 to 5000")
     case = graph_case(args, args.frustrated, args.dim)
-    bound = largest_step(case.merged) / 2              # heads double the rates
+    of_vectors = largest_step(case.merged) / 2         # heads double the rates
+    bound = min(of_vectors, largest_step_of_head(case.merged, 1 / case.size))
     if args.lr is None:
         args.lr = bound / 2
-    if not 0 < args.lr < bound:
-        die(f"--lr {args.lr} is not stable: it must be above 0 and below {bound:.4g} with these options")
+    if not bound / 100 <= args.lr < bound:
+        die(f"--lr {args.lr} is out of bounds: with these options it must be below {bound:.4g}, where "
+            f"descent diverges, and from {bound / 100:.2g} on")
     return args
 
 
@@ -1023,7 +1164,23 @@ def run_folder(out):
     return folder
 
 
+def draw(args, folder):
+    """Tables and figures of one experiment or all, as they come."""
+    names = EXPERIMENTS if args.experiment == "all" else [args.experiment]
+    for name in names:
+        for file, picture in EXPERIMENTS[name](args).items():
+            try:
+                if file.endswith(".png"):
+                    picture.savefig(folder / file, dpi=110)
+                else:
+                    picture.save(folder / file, PillowWriter(fps=12))
+            except OSError as error:
+                die(f"cannot write {folder / file} ({error.strerror or error}): choose another --out")
+
+
 def main():
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")       # where it has no λ
     args = parse()
     try:
         folder = run_folder(args.out)
@@ -1031,17 +1188,18 @@ def main():
     except OSError as error:
         die(f"cannot write to {args.out or 'runs'} ({error.strerror}): choose another --out")
 
+    say_unused(args.experiment)
     print(f"{'':70}{'theory':>14}{'measured':>14}{'apart':>9}")
-    names = EXPERIMENTS if args.experiment == "all" else [args.experiment]
-    for name in names:
-        for file, picture in EXPERIMENTS[name](args).items():
-            if file.endswith(".png"):
-                picture.savefig(folder / file, dpi=110)
-            else:
-                picture.save(folder / file, PillowWriter(fps=12))
+    try:
+        draw(args, folder)
+    except FloatingPointError as error:
+        die(f"{error}: choose a smaller --lr or --dim; {folder} keeps the figures until then")
+    except KeyboardInterrupt:
+        die(f"ended by Ctrl-C; {folder} keeps the figures until then: choose another --out next time", 130)
     written = sorted(file.name for file in folder.iterdir())
     print(f"In {folder}: {', '.join(written)}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
