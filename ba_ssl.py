@@ -391,11 +391,12 @@ def main():
         die(f"--no-fusion has no {', '.join(sorted(of_fusion))}: leave out either")
     data = load_data(args)
     canvas = data.images.shape[2:]
-    if not args.no_fusion and any(side % args.patch for side in canvas):
-        die(f"--patch {args.patch} does not divide the canvas {[*canvas]}: choose another")
     own = args.batch // world_size()                             # a process fuses its own images
-    if not args.no_fusion and own < 2:
-        die(f"--batch {args.batch} leaves each process one image, with none to mix: give a larger one")
+    if not args.no_fusion:
+        if any(side % args.patch for side in canvas):
+            die(f"--patch {args.patch} does not divide the canvas {[*canvas]}: choose another")
+        if own < 2 or own * args.patch == 2:                     # of two single pixels nothing is left
+            die(f"--batch {args.batch} leaves each process too few to mix: give a larger one, or --patch")
     encoder = make_encoder(args, data)
     folder = open_folder(args, state)
 

@@ -42,7 +42,7 @@ from kernels import bank_topk, dictionary_loss, dictionary_reference, dictionary
 from kernels.harness.cli import bounded, layer_sizes, load_data, make_encoder, open_folder, options, parse
 from kernels.harness.encoder import Encoder                          # to be found here too
 from kernels.harness.files import atomic_write_text
-from kernels.harness.images import encode, fixed_order, limited, pixels
+from kernels.harness.images import choose, encode, fixed_order, limited, pixels
 from kernels.harness.pictures import plot_meters
 from kernels.harness.probes import begin, quick_probe, report
 from kernels.harness.processes import die, gather, launch, rank
@@ -235,7 +235,7 @@ def learning_rate(step, steps, batch):
 def train(model, optimizer, data, run):
     """Minimise the sum of the model's terms. A step of the optimiser takes `accumulate` batches."""
     schedule = LambdaLR(optimizer, run.rate(learning_rate))
-    watched = data.test_images[fixed_order(len(data.test_images))[:512]]
+    watched = choose(data.test_images, fixed_order(len(data.test_images))[:512])
     call = run.start(model, optimizer, schedule)                     # or goes on where last.pt stands
     for epoch in run.epochs():
         model.train()

@@ -66,7 +66,7 @@ class Centre(nn.Module):
 
     def forward(self, x):
         x = x.to(self.mean.dtype)                                    # fp32 also under autocast
-        if self.training:
+        if self.training and torch.is_grad_enabled():                # a validation loss leaves nothing
             self.total += x.detach().sum(0)
             self.count += len(x)
         return x - self.mean

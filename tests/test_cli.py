@@ -133,6 +133,7 @@ BAD = [  # arguments, scripts, what makes the data, words the message must have
     (f"{SMALL} --eps 0.01 --codes 101", ["falcon.py"], None, "--eps 0.01 must be below"),
     (f"{SMALL} --codes 1", ["falcon.py"], None, "--codes"),
     (f"{SMALL} --no-fusion --share .5", ["ba_ssl.py"], None, "--no-fusion has no --share: leave out either"),
+    (f"{SMALL} --batch 2 --patch 1", ["ba_ssl.py"], None, "--batch 2 leaves each process too few to mix"),
     (f"{SMALL} --patch 5", ["ba_ssl.py"], None, r"--patch 5 .*canvas \[12, 12\]"),
     (f"{SMALL} --projector none", ["ba_ssl.py"], None, "--projector none.*give simclr")]
 

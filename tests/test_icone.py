@@ -277,6 +277,9 @@ def test_centre_follows_the_mean_of_what_it_saw():
     torch.testing.assert_close(centre.mean, (1 - .99 ** 2) * x.mean(0))
     torch.testing.assert_close(centre(x), x - centre.mean)
     assert centre.count == 0 and not centre.total.any()
+    with torch.no_grad():                                                # a validation loss, in train mode
+        centre.train()(x)
+    assert centre.count == 0 and not centre.total.any()
 
 
 # ---- Its cost ----------------------------------------------------------------------------------------------

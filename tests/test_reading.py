@@ -601,6 +601,9 @@ def test_options_that_do_nothing_are_named(capsys):
     tiff("stack", numbers("u2"), photometric="minisblack")
     read_images("stack.tif", channels_last=True)
     assert f"note: --channels-last: {without}" in notes(capsys)
+    np.save("gray.npy", numbers())
+    assert read_images("gray.npy", channels_last=True).images.shape[1:] == (1, 16, 16)
+    assert f"note: --channels-last: {without}" in notes(capsys)
     write("set", numbers())
     read_images("set", size=16, channels_last=True)
     assert f"note: --channels-last: {without}" in notes(capsys)
@@ -822,7 +825,8 @@ def test_what_could_not_be_read_for_now_is_tried_again(looked_at, monkeypatch):
     monkeypatch.setattr(decode, "opens", lambda file: not (gone and file.name == "003.png") and real[1](file))
     assert dict(read_images("set", size=16).skipped)["003.png"] == "[Errno 13] Permission denied: 'set/003.png'"
     looked_at.clear()
-    assert [name for name, _ in read_images("set", size=16).skipped] == ["003.png", "004.png"] and not looked_at
+    at_work = read_images("set", size=16)
+    assert [name for name, _ in at_work.skipped] == ["003.png", "004.png"] and not looked_at
     gone = False
     data = read_images("set", size=16)
     assert [name for name, _ in data.skipped] == ["004.png"] and {*looked_at} == {"003.png"}
@@ -830,6 +834,7 @@ def test_what_could_not_be_read_for_now_is_tried_again(looked_at, monkeypatch):
     looked_at.clear()
     read_images("set", size=16)
     assert not looked_at
+    assert np.allclose(by_number(at_work)[:, 0], np.delete(numbers(), [3, 4], 0))    # its rows are what they were
 
 
 def test_a_folder_that_may_not_be_read_is_named(capsys, monkeypatch):
@@ -1019,6 +1024,122 @@ def test_a_second_start_decodes_what_is_new_alone(form, kind, looked_at):
     Path("runs").rename("kept")
     anew = read_images("set", size=16)                               # all of it: the same
     assert len(kept) == 20 and np.array_equal(by_number(anew), kept) and anew.skipped == fifth.skipped
+
+
+def cut(file):
+    whole = Path(file).read_bytes()
+    Path(file).write_bytes(whole[:len(whole) // 2])
+
+
+@pytest.mark.parametrize("form", [png, tiff])
+def test_a_broken_file_shifts_no_other_once_all_become_something_else(form):
+    """Its head is whole; then one image in colour comes, and all are decoded anew."""
+    x = numbers(shape=(40, 16, 16)) // 2
+    write("set", x, form)
+    ending = next(Path("set").iterdir()).suffix
+    cut(f"set/010{ending}")
+    read_images("set", size=16)
+    png(Path("set/900"), numbers(shape=(16, 16, 3)))
+    data = read_images("set", size=16)
+    assert [name for name, _ in data.skipped] == [f"010{ending}"]
+    assert np.array_equal(by_number(data)[:-1, 0], np.delete(x, 10, 0))
+
+
+def test_what_was_of_another_shape_is_taken_once_most_are_of_it():
+    x = numbers("f4", shape=(11, 12, 12, 12))
+    write("set", [one[:8] if k < 6 else one for k, one in enumerate(x)], npy)
+    with pytest.raises(ValueError, match="one shape"):
+        read_images("set")
+    for k in range(6):
+        Path(f"set/{k:03}.npy").unlink()
+    data = read_images("set")
+    assert len(data.images) + len(data.test_images) == 5 and not data.skipped
+
+
+def test_ranges_of_several_kinds_are_of_these_files_alone():
+    """Not of another folder of that name, nor of the few that were there first."""
+    for name, high in (("a/images", 500), ("b/images", 50_000)):
+        write(name, numbers(shape=(8, 16, 16)), png)
+        write(name, numbers("u2", 0, high, (8, 16, 16)), tiff)
+    assert read_images("a/images", size=16).numbers["ranges"]["uint16"][1] <= 500
+    assert read_images("b/images", size=16).numbers["ranges"]["uint16"][1] > 49_000
+    write("a/images", numbers("u2", 0, 50_000, (30, 16, 16)), tiff, [f"{k}" for k in range(100, 130)])
+    grown = read_images("a/images", size=16)
+    assert grown.numbers["ranges"]["uint16"][1] > 49_000
+    Path("runs").rename("kept")
+    assert same(grown, read_images("a/images", size=16))
+
+
+def test_one_file_of_other_channels_decides_nothing():
+    write("set", numbers(shape=(30, 16, 16, 3)))
+    write("set", numbers(shape=(3, 16, 16)), names=[f"{k}" for k in range(100, 103)])
+    tiff(Path("set/200"), numbers(shape=(16, 16, 4)), photometric="rgb", extrasamples=(0,))
+    data = read_images("set", size=16)
+    assert tuple(data.images.shape[1:]) == (3, 16, 16) and [name for name, _ in data.skipped] == ["200.tif"]
+    assert len(data.images) + len(data.test_images) == 33
+
+
+def test_floats_that_pillow_reads_are_floats():
+    x = numbers("f4", -1, 3)
+    for k, own in enumerate(x):
+        Image.fromarray(own).save(f"{k}.tif")
+        Path(f"{k}.tif").rename(f"{k}.png")
+    data = read_images(".", size=16)
+    assert data.numbers["dtype"] == "float32"
+    assert rank_correlation(by_number(data)[:, 0], x) > .9999
+
+
+def test_numbers_are_looked_at_from_the_whole_set():
+    """Of small images more than are looked at, sorted by brightness; and a test part that is small."""
+    x = numbers(shape=(20_000, 16, 16))
+    x[:5000] %= 100
+    np.save("x.npy", x)
+    assert read_images("x.npy").numbers["high"] == 255
+    np.savez("x.npz", train_images=numbers("u2", 0, 1000, (400, 16, 16)), test_images=numbers("u2", 0, 50_000, (4, 16, 16)))
+    assert read_images("x.npz").numbers["outside"] < .02
+
+
+def test_what_runs_wrote_into_the_data_is_none_of_it(capsys):
+    write("photos", numbers())
+    first = read_images("photos", size=16)
+    os.chdir("photos")
+    for folder in (Path("runs/vicreg-1"), Path("own out")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"method": "VICReg"}')
+        Image.new("RGB", (99, 99)).save(folder / "views.png")
+    read_images(".", size=16)
+    np.save("runs/decoded/another.npy", np.zeros((9, 9)))
+    capsys.readouterr()
+    assert same(first, read_images(".", size=16))
+    assert "note: left out 3 folders that runs wrote, as ./own out" in notes(capsys)
+
+
+def test_which_of_two_names_of_a_folder_counts_is_the_same_on_any_disk(monkeypatch):
+    for name in ("cat", "dog"):
+        write(f"set/{name}", numbers(seed=len(name) + ord(name[0])))
+    Path("set/a kitten").symlink_to("cat")
+    real = os.walk
+
+    def other(*arguments, **options):
+        for root, folders, names in real(*arguments, **options):
+            folders.sort()
+            yield root, folders, names
+
+    for walk in (real, other):
+        monkeypatch.setattr(os, "walk", walk)
+        assert list(read_images("set", size=16).classes) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_deep_image_is_turned_as_its_file_says(turn):
+    """As Pillow turns photographs of the same numbers."""
+    x = numbers(shape=(6, 16, 16))
+    write("eight", x, tiff, extratags=[(274, "H", 1, turn, True)])
+    write("deep", 200 * x.astype("u2"), tiff, extratags=[(274, "H", 1, turn, True)])
+    expected, found = by_number(read_images("eight", size=16)), by_number(read_images("deep", size=16))
+    assert rank_correlation(found, expected) > .9999
+    same_place = np.allclose(expected[:, 0], x)
+    assert same_place == (turn == 1)
 
 
 def test_other_settings_and_sets_are_kept_apart(looked_at):

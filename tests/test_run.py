@@ -112,6 +112,14 @@ def test_a_loss_may_be_a_plain_number(tmp_path):
         run.check_finite()
 
 
+def test_means_of_numbers_in_bf16_do_not_stop_growing(tmp_path):
+    args = SimpleNamespace(device="cpu", seed=0, batch=4, accumulate=1, epochs=1)
+    run = harness_run.Run(args, SimpleNamespace(images=range(8)), tmp_path, None)
+    for _ in range(1437):
+        run.log({"loss": torch.tensor(.1, dtype=torch.bfloat16)})
+    assert run.sums["loss"].item() / 1437 == pytest.approx(.1, rel=4e-3)
+
+
 def test_each_step_has_the_schedules_rate(watched):
     expected = [1e-3 * LOOPS["vicreg"].learning_rate(step, steps=12, batch=8) for step in range(12)]
     assert watched.rates == pytest.approx(expected)

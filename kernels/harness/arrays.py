@@ -22,7 +22,7 @@ Raw = namedtuple("Raw", "array channels")
 
 def raw_images(path, key, array, channels_last):
     """Raw of an array [N, *S] or [N, *S, C] in memory or mapped; ValueError if it is none of images."""
-    last = channels_last or array.ndim == 5 or (array.ndim == 4 and array.shape[-1] in (1, 3, 4))
+    last = array.ndim == 5 or array.ndim == 4 and (channels_last or array.shape[-1] in (1, 3, 4))
     sides = array.shape[1:array.ndim - last]
     if len(sides) not in (2, 3) or min(sides) < 4 or array.dtype.kind not in "biuf":
         raise ValueError(f"{path}: {key} is {array.dtype} {[*array.shape]}, not numbers [N, H, W], "

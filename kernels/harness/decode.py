@@ -71,7 +71,8 @@ def kind_of_image(image):
     """The Kind of what Pillow has open."""
     frames = getattr(image, "n_frames", 1)
     if image.mode == "F" or image.mode.startswith("I"):
-        return Kind(False, "int32" if image.mode == "I" else "uint16", 1, (), frames - 1)
+        dtype = {"F": "float32", "I": "int32"}.get(image.mode, "uint16")
+        return Kind(False, dtype, 1, (), frames - 1)
     return Kind(True, "uint8", 1 if image.mode in GRAY else 3, (), frames - 1)
 
 
@@ -96,7 +97,8 @@ def look_into_tiff(file, pages):
         if eight_bits and channels == 1 and not whole and (colour or samples - alpha == 1):
             return Kind(True, "uint8", 3 if colour else 1, (), planes - 1 + left_out)
         channels *= samples * (planes if pages == "channels" else 1)
-        sides = (planes, count["Y"], count["X"]) if pages == "volume" and planes > 1 else ()
+        sides = (count["Y"], count["X"])[::-1 if orientation(page) > 4 else 1]
+        sides = (planes, *sides) if pages == "volume" and planes > 1 else ()
         return Kind(False, page.dtype.name, channels, sides, left_out + (0 if whole else planes - 1))
 
 
@@ -122,7 +124,24 @@ def read_series(alike):
     x = np.stack([series.asarray() for series in alike]) if len(alike) > 1 else alike[0].asarray()
     if alike[0].keyframe.photometric.name == "MINISWHITE" and x.dtype.name in ("bool", "uint8"):
         x = ~x
-    return x, "Q" * (len(alike) > 1) + alike[0].axes
+    axes = "Q" * (len(alike) > 1) + alike[0].axes
+    return turned(x, axes, orientation(alike[0].keyframe)), axes
+
+
+def orientation(page):
+    """How a page of a TIFF lies, 1 to 8, upright if it does not say."""
+    tag = page.tags.get(274)
+    return int(tag.value) if tag else 1
+
+
+def turned(x, axes, orientation):
+    """Upright, as Pillow shows photographs."""
+    rows, columns = axes.index("Y"), axes.index("X")
+    if orientation > 4:
+        x = x.swapaxes(rows, columns)
+    if orientation in (3, 4, 7, 8):
+        x = np.flip(x, rows)
+    return np.flip(x, columns) if orientation in (2, 3, 6, 7) else x
 
 
 def refuse_gaps(pages):
@@ -237,7 +256,7 @@ def numbers_of(file, data, settings, kind):
             x = compressed_tiff(data, kind)
     else:
         with Image.open(BytesIO(data)) as image:
-            x = np.asarray(image)
+            x = np.asarray(ImageOps.exif_transpose(image))
             x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)
     if x.ndim == 4:
         return x, None
@@ -266,6 +285,8 @@ def decode(file_and_kind, settings, target):
     kind None: nobody has looked yet. Then the target is photographs, and anything else is a Surprise.
     """
     file, kind = file_and_kind
+    if target["photo"] and kind and not kind.photo:      # Pillow would leave a band out
+        raise ValueError(f"it holds {kind.dtype} of {kind.channels} channels, most are photographs")
     data = file.read_bytes()
     content = hashlib.blake2b(data, digest_size=12).hexdigest()
     if target["photo"]:
@@ -352,15 +373,18 @@ STORED = {"bool": "uint8", "uint8": "uint8", "int8": "int8", "uint16": "uint16",
 def aim(kinds, settings, files):
     """What all files become: photo, mode, channels, shape, dtype, ranges by kind of number (None: one kind).
 
-    The most common sides, and channels, decide; gray beside photographs in colour becomes colour.
+    The most common sides, and channels, decide; gray beside photographs in colour becomes colour, and files
+    of other channels than most have no say.
     """
     kinds = [kind for kind in kinds if kind]
     sides = most_common([kind.sides for kind in kinds])
     kinds = [kind for kind in kinds if kind.sides == sides]
-    counts = {kind.channels for kind in kinds}
-    colour = counts <= {1, 3} and any(kind.photo and kind.channels == 3 for kind in kinds)
-    channels = 3 if colour else most_common([kind.channels for kind in kinds])
-    photo = all(kind.photo for kind in kinds)
+    channels = most_common([kind.channels for kind in kinds])
+    alike = {1, 3} if channels in (1, 3) else {channels}
+    kinds = [kind for kind in kinds if kind.channels in alike]
+    colour = channels in (1, 3) and any(kind.photo and kind.channels == 3 for kind in kinds)
+    channels = 3 if colour else channels
+    photo = all(kind.photo for kind in kinds if colour or kind.channels == channels)
     target = {"photo": photo, "volumes": bool(sides), "channels": channels, "colour": colour,
               "ranges": None}
     if target["photo"]:
@@ -473,11 +497,20 @@ def decode_all(files, name, settings, wanted_range=None):
     folder = Path("runs", "decoded")
     marks = marks_of(files)
     words = [str(settings), str(wanted_range), readers(), *marks]
-    key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
-    path = folder / f"{name}-{key}.npy"
-    found = read_index(path.with_suffix(".json"))
-    if found and {*marks} <= found["entries"].keys() and not any(
-            found["entries"][own].get("passing") and opens(file) for own, file in zip(marks, files)):
+
+    def kept():
+        key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
+        path = folder / f"{name}-{key}.npy"
+        found = read_index(path.with_suffix(".json"))
+        return path, found if found and {*marks} <= found["entries"].keys() else None
+
+    path, found = kept()
+    passing = {own for own in marks if found and found["entries"][own].get("passing")}
+    back = [own for own, file in zip(marks, files) if own in passing and opens(file)]
+    if back:                                             # another array: a run may be at work on that one
+        words += back
+        path, found = kept()
+    if found:
         print(f"decoded images: found in {path}")
     else:
         once = dict(zip(marks, files))                   # links to one file are one
@@ -535,13 +568,13 @@ def decode_new(files, marks, name, settings, wanted_range, path):
     if not any(kinds):
         raise ValueError(f"none of {len(files)} files can be read; {files[0]}: {entries[marks[0]]['reason']}")
     target = aim(kinds, settings, files)
-    same = earlier["target"] and {**earlier["target"], "ranges": None} == {**target, "ranges": None}
-    if target["ranges"]:
-        known = earlier["target"]["ranges"] if same else None
-        same = bool(known) and known.keys() == target["ranges"].keys() and earlier["range"] == wanted_range
-        target["ranges"] = known if same else ranges_by_kind(files, kinds, settings, target, wanted_range)
-    if not same:
+    if target["ranges"]:                                 # of these files, whatever an earlier array held
+        target["ranges"] = ranges_by_kind(files, kinds, settings, target, wanted_range)
+    if earlier["target"] != target:
         before = {}
+        for own, kind in zip(marks, kinds):
+            if kind:                                     # what was no image of that target may be one of this
+                entries[own] = {"kind": entries[own]["kind"], "row": None, "reason": None}
     old = np.load(array, mmap_mode="r") if before else None
     pairs = [(file, kind) for file, own, kind in zip(files, marks, kinds) if kind and own not in before]
     return write(path, marks, made_by, target, entries, pairs, settings, before, old)
@@ -605,5 +638,6 @@ def write_rows(out, marks, entries, before, old, results, target):
             entry.update(more, reason=None)
         entry["row"] = count
         count += 1
+    assert next(results, None) is None, "rows went to other files"
     out.seek(0)
     write_npy_header(out, target["dtype"], (count, *target["shape"]))

@@ -13,10 +13,11 @@ TEST = "test", "testing", "val", "valid", "validation"       # the first of them
 
 # ---- Which files -------------------------------------------------------------------------------------------
 def all_files(folder):
-    """Every file below the folder, sorted; links are followed, hidden ones and pipes are not. A folder that
-    may not be read is named."""
+    """Every file below the folder, sorted; links are followed, hidden ones and pipes are not. Folders that
+    may not be read, and what runs wrote, are named."""
     files = []
     seen = set()
+    of_runs = []
 
     def name(error):
         print(f"note: left out {error.filename}: {error.strerror}")
@@ -26,10 +27,27 @@ def all_files(folder):
             folders.clear()
             continue
         seen.add(Path(root).resolve())
+        if root != str(folder) and written_by_runs(root, names):
+            of_runs.append(root)
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
+        folders.sort(key=lambda name: (os.path.islink(Path(root, name)), name))      # the same on any disk
         files += [Path(root, name) for name in names if not name.startswith(".")]
+    if of_runs:
+        print(f"note: left out {len(of_runs)} folders that runs wrote, as {of_runs[0]}")
     files = [file for file in files if file.is_file()]       # nobody may ever write into a pipe
     return sorted(files, key=lambda file: file.parts)
+
+
+def written_by_runs(folder, names):
+    """Whether a folder of these files is a run's, or that of decoded images."""
+    if Path(folder).resolve() == Path("runs", "decoded").resolve():
+        return True
+    try:
+        return "config.json" in names and '"method"' in Path(folder, "config.json").read_text()
+    except (OSError, ValueError):                            # of something else
+        return False
 
 
 def taken(files, least=5):
@@ -212,4 +230,4 @@ def hold_out(groups, split):
     for row, group in enumerate(groups):
         members.setdefault(group, []).append(row)
     train, test = split([*members], test_size=0.2, random_state=0)
-    return [sum((members[group] for group in side), []) for side in (train, test)]
+    return [[row for group in side for row in members[group]] for side in (train, test)]

@@ -163,10 +163,10 @@ def extremes(name, images):
     return least, greatest
 
 
-def some_numbers(images, most=2**22):
-    """Some of the numbers in the files, 1-D: of 100 images at least, evenly from each."""
+def some_numbers(images, most):
+    """Some of the numbers in the files, 1-D: of 100 to 4,000 images, drawn at random, evenly from each."""
     each = images[:1].numel()
-    rows = sample_rows(len(images), max(100, most // each))[:4000]
+    rows = sample_rows(len(images), min(4000, max(100, most // each)))
     step = max(1, each * len(rows) // most)
     parts = [images.numbers(part).ravel()[::step] for part in rows.split(256)]
     return np.concatenate(parts)
@@ -203,7 +203,9 @@ def to_unit(name, found, wanted=None, kind=None):
     if shapes[0] != shapes[-1]:
         raise ValueError(f"{name}: images of {shapes[0]} for training, {shapes[1]} for testing; both must be "
                          "of one shape")
-    sample = np.concatenate([some_numbers(images) for images in plain.values()])
+    total = sum(map(len, plain.values()))
+    sample = np.concatenate([some_numbers(images, 1 + 2**22 * len(images) // total)
+                             for images in plain.values()])
     if dtype.kind == "f":
         ends = [extremes(f"{name}: {key}", images) for key, images in plain.items()]
         sample = np.append(sample, np.array(ends, dtype))

@@ -322,7 +322,7 @@ def main():
     add("--views", nargs=2, default=[], metavar="FILE", help="embeddings of two views of each image")
     add("--before", help="embeddings of the same images by the untrained network")
     add("--before-views", nargs=2, default=[], metavar="FILE", help="and of their two views")
-    add("--labels", help="a class or group of each image: .npy, .npz, .csv of one column")
+    add("--labels", help="a class or group of each image: .npy, .npz, or a table, of one column or with a column class")
     add("--key", help="of a file that holds several arrays: which are the embeddings; if not given the first "
         f"of {', '.join(TRIED)} that is there")
     add("--labels-key", help="and which the labels")

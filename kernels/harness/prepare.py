@@ -27,9 +27,10 @@ from .sources import ending
 class Prepare:
     """prepare(thing) -> float32 [1, C, *S], of a list of n things [n, C, *S].
 
-    A thing is a file; an image that Pillow has open; or an array, of one image [H, W] or volume [D, H, W],
-    with channels where training's had them: [H, W, C] for photographs. ValueError, or what Pillow or tifffile
-    raise, for what it cannot be; of other numbers than training's it cannot be.
+    A thing is a file; an image that Pillow has open (a JPEG twice the canvas or larger comes out a little
+    otherwise: from files it is decoded at a half or less of its size); or an array, of one image [H, W] or
+    volume [D, H, W], with channels where training's had them: [H, W, C] for photographs. ValueError, or what
+    Pillow or tifffile raise, for what it cannot be; of other numbers than training's it cannot be.
 
     settings, target    how a file becomes an array, of decode.py, which decoded the training images by them
     layout              where that array has its channels: first, last, or None; given: where arrays do

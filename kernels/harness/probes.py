@@ -181,8 +181,7 @@ def report(model, data, untrained, history, folder, **more_probes):
         return
     trained = examine(model, data)
     probed = limited(data)
-    pixel_rows = [encode(small_pixels, images) for images in (probed.images, probed.test_images)]
-    probes = {"raw pixels": probe(probed, *pixel_rows)}
+    probes = {"raw pixels": probe(probed, *features_of(small_pixels, probed))}
     probes |= {**untrained["probes"], "trained encoder": trained.probe, **more_probes}
     panels = {"untrained z": untrained["panel"], **trained.panels}
     sentence = verdict(panels["projector z"], panels["untrained z"])

@@ -141,8 +141,8 @@ class Run:
         self.batches += 1
         self.loss = torch.as_tensor(numbers["loss"])
         for name, value in numbers.items():
-            # Not .item(): no waiting for a GPU.
-            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
+            # Not .item(): no waiting for a GPU. In fp32: a sum in bf16 would soon grow no more.
+            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach().float()
 
     def probing(self):
         """Whether this epoch is one of some eight in which to look at the features."""

@@ -3,7 +3,7 @@
     python tests/experiments/visits.py --data FOLDER --seen 64000        # an hour and a half on 2 cores; goes on where it stopped
 
 N of the training images of Fashion-MNIST (fashion.py says where they are), at random; N / 16 steps an epoch, so many epochs
-that each run sees `--seen` images. Probes know these N and are asked for 4,000 test images. Runs the scripts as a user does,
+that each run sees `--seen` images. Probes know these N (of more than 10,000 as many) and are asked for 4,000 test images. Runs the scripts as a user does,
 on the CPU, one thread a run, `jobs` at a time, into runs/visits.
 """
 import argparse
