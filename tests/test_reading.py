@@ -1070,6 +1070,19 @@ def test_ranges_of_several_kinds_are_of_these_files_alone():
     assert same(grown, read_images("a/images", size=16))
 
 
+def test_what_the_range_of_a_kind_cuts_is_said(capsys):
+    """One bright image in two hundred, which is not among those that were looked at."""
+    x = numbers("u2", 0, 1000, (200, 16, 16))
+    x[101] += 50_000
+    write("set", x, tiff)
+    write("set", numbers(shape=(20, 16, 16)), names=[f"{k}" for k in range(500, 520)])
+    data = read_images("set", size=16)
+    assert data.numbers["outside"] == pytest.approx(1 / 220, rel=.5)
+    assert "of the pixels lie outside and are cut" in capsys.readouterr().out
+    data.prepare("set/101.tif")
+    assert data.prepare.outside == data.prepare.seen == 256
+
+
 def test_one_file_of_other_channels_decides_nothing():
     write("set", numbers(shape=(30, 16, 16, 3)))
     write("set", numbers(shape=(3, 16, 16)), names=[f"{k}" for k in range(100, 103)])

@@ -303,10 +303,19 @@ def decode(file_and_kind, settings, target):
             x = x.astype(np.float32, copy=False)
             if not np.isfinite(x).all():                 # to which numbers beyond float32 belong
                 raise ValueError("it holds NaN or infinite numbers")
-    entry = {"content": content, "kind": list(kind)}
+    entry = {"content": content, "kind": list(kind), "outside": outside(x, kind.dtype, target)}
     if size and settings.fit == "crop":
         entry["cut"] = 1 - min(size) / max(size)
     return finished(x, kind.dtype, target), entry
+
+
+def outside(x, dtype, target):
+    """Share of the numbers of what one file or array holds that the range of its kind cuts off; of a set of
+    one kind that is not known yet: 0."""
+    if not target["ranges"] or dtype not in target["ranges"]:
+        return 0.
+    low, high = target["ranges"][dtype]
+    return float(((x < low) | (x > high)).mean())
 
 
 def finished(x, dtype, target):

@@ -315,8 +315,10 @@ def tell(args, prepare, count, skipped, encoder):
     for what, how_many in prepare.taken_as.items():
         print(f"note: {how_many:,} images were {what}")
     if prepare.outside:
-        print(f"note: {prepare.outside / prepare.seen:.2%} of the pixels lie outside {prepare.low:,.6g} to "
-              f"{prepare.high:,.6g}, the range of training's images, and are cut")
+        of = f"{prepare.low:,.6g} to {prepare.high:,.6g}, the range of training's images,"
+        if prepare.target["ranges"]:
+            of = "the ranges of training's kinds of files,"
+        print(f"note: {prepare.outside / prepare.seen:.2%} of the pixels lie outside {of} and are cut")
     if skipped:
         lines = "".join(f"{as_line(name)}: {reason}\n" for name, reason in skipped)
         place = ""

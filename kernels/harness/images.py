@@ -241,11 +241,11 @@ def in_words(numbers):
     def between(low, high):
         return f"{low:,.6g} to {high:,.6g}"
 
-    if "ranges" in numbers:
-        ranges = [f"{dtype} {between(*ends)}" for dtype, ends in numbers["ranges"].items()]
-        return f"numbers: each kind of file by its own range, {', '.join(ranges)}, becomes 0 to 1"
-    ends = between(numbers["low"], numbers["high"])
     outside = ""
     if numbers["outside"]:
         outside = f"; {numbers['outside']:.2%} of the pixels lie outside and are cut"
+    if "ranges" in numbers:
+        ranges = [f"{dtype} {between(*ends)}" for dtype, ends in numbers["ranges"].items()]
+        return f"numbers: each kind of file by its own range, {', '.join(ranges)}, becomes 0 to 1{outside}"
+    ends = between(numbers["low"], numbers["high"])
     return f"numbers: {numbers['dtype']}, {ends} become 0 to 1 ({numbers['rule']}{outside})"

@@ -12,7 +12,7 @@ from threading import Lock
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .. import __version__
 from . import decode
@@ -91,8 +91,9 @@ class Prepare:
         if self.target["photo"] and not kind.photo:
             raise ValueError(f"it holds {kind.channels} channels that are not said to be colours, training's "
                              "images are photographs")
-        x, _ = decode.decode((file, kind._replace(dtype=dtype)), self.settings, self.target)
+        x, entry = decode.decode((file, kind._replace(dtype=dtype)), self.settings, self.target)
         self.note(kind)
+        self.count(entry["outside"], x)
         return self.to_unit(x, dtype)
 
     def own_float(self, dtype):
@@ -114,6 +115,16 @@ class Prepare:
     def to_unit(self, x, dtype):
         return x / x.dtype.type(255) if self.of_bytes(dtype) else x
 
+    def finished(self, x, dtype):
+        found = decode.finished(x, dtype, self.target)
+        self.count(decode.outside(x, dtype, self.target), found)
+        return self.to_unit(found, dtype)
+
+    def count(self, share, x):
+        """Counts what the range of its kind cut off x."""
+        with self.lock:
+            self.outside += round(share * x.size)
+
     def note(self, kind):
         """Counts what was changed for it."""
         found = []
@@ -133,14 +144,14 @@ class Prepare:
     def from_image(self, image):
         kind = decode.kind_of_image(image)
         if not kind.photo:
-            return self.from_array(np.asarray(image))
+            return self.from_array(np.asarray(ImageOps.exif_transpose(image)))
         self.refuse_other_numbers(kind.dtype)
         mode = "L" if self.target["channels"] == 1 else "RGB"
         x = decode.photograph_of(image.copy(), self.settings, mode)
         if not self.target["photo"]:
             x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)
         self.note(kind)
-        return self.to_unit(decode.finished(x, "uint8", self.target), "uint8")
+        return self.finished(x, "uint8")
 
     def from_array(self, x):
         axes = len(self.target["shape"]) - bool(self.layout)         # without channels
@@ -157,7 +168,7 @@ class Prepare:
         if self.layout == "first":
             x = x[None] if x.ndim == axes else x if self.given == "first" else np.moveaxis(x, -1, 0)
             x = x if axes == 3 else decode.on_canvas(x, self.settings)
-        return self.to_unit(decode.finished(x, dtype, self.target), dtype)
+        return self.finished(x, dtype)
 
 
 def prepare_arrays(dtype, shape, channels_last=False, low=None, high=None, fit="crop"):

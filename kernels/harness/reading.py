@@ -237,8 +237,11 @@ def read_folder(path, settings, channels_last, wanted_range, labels, strict):
 
     fitted = settings.fit != "pad" and not target["volumes"]
     names = [[file.name for file in side] for side in sides]
+    if scaled:
+        shares = [file.entry["outside"] for file in files]
+        numbers = {"ranges": scaled, "outside": sum(shares) / len(shares)}
     more = {"files": names[0], "test_files": names[1], "skipped": skipped, "whole": whole if fitted else None,
-            "prepare": prepare, "numbers": {"ranges": scaled} if scaled else numbers}
+            "prepare": prepare, "numbers": numbers}
     return result, more
 
 
