@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from test_claims import stated
+
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "tests" / "experiments").glob("*.md"))
 PAGES = ["README.md", "kernels/README.md", "kernels/harness/README.md", "tests/README.md",
@@ -76,6 +78,12 @@ def test_pictures_are_all_shown():
     shown = {(ROOT / page).parent.joinpath(link).resolve() for page in PAGES for link in links(page)}
     for picture in (ROOT / ".github" / "assets").iterdir():
         assert picture in shown, picture.name
+
+
+def test_the_front_page_states_what_its_slow_test_asks_for():
+    for script in ("vicreg.py", "icone.py", "falcon.py", "ba_ssl.py"):
+        knn, linear, seconds = stated(script)
+        assert .8 < float(knn.split()[0]) < 1 and .8 < float(linear.split()[0]) < 1 and 30 < int(seconds) < 600
 
 
 def test_figures_of_the_claims_stand_elsewhere_too():

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))                                            # scripts and kernels, for those who import this
+from kernels import __version__  # noqa: E402 (it is in reach only now)
+
 METHODS = {  # name in tables: script, its options
     "IConE": ("icone.py", []), "VICReg": ("vicreg.py", []), "SimCLR": ("ba_ssl.py", ["--no-fusion"])}
 
@@ -23,11 +26,18 @@ VIEWS_OF = {"digits": ["--views", "poses"]}                              # of co
 
 
 # ---- Runs --------------------------------------------------------------------------------------------------
-def run(folder, script, options):
-    """The report of one run, which is not repeated if it is already there, made by the same command as far as is known."""
+def made_by(script, options):
+    """What decides a run's numbers: its command, the version, and the contents of the files that it names."""
     command = [str(script), *map(str, options)]
+    files = [word for word in command[1:] if Path(word).is_file()]
+    return {"command": command, "version": __version__, "files": [zlib.crc32(Path(file).read_bytes()) for file in files]}
+
+
+def run(folder, script, options):
+    """The report of one run, which is not repeated if it is already there, made by the same."""
+    command = made_by(script, options)
     kept = folder / "command.json"
-    same = not kept.exists() or json.loads(kept.read_text()) == command
+    same = kept.exists() and json.loads(kept.read_text()) == command
     if not (same and (folder / "report.json").exists()):
         shutil.rmtree(folder, ignore_errors=True)                        # what a kill left of it
         subprocess.run([sys.executable, ROOT / script, "--out", folder, "--device", "cpu", *options], check=True,

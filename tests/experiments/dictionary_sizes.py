@@ -51,7 +51,8 @@ def draw(table, path):
         if columns == ["codes in use"]:
             axis.plot(SIZES, [min(size, 1440) for size in SIZES], ":", color="gray", label="all that can be")
         if columns == ["off-diagonal"]:
-            axis.plot(SIZES, [size ** -.5 for size in SIZES], ":", color="gray", label="at the optimum, 1 / sqrt(c)")
+            most = [min(size, 1440) ** -.5 for size in SIZES]
+            axis.plot(SIZES, most, ":", color="gray", label="at the optimum, 1 / sqrt(codes in use)")
         axis.set_xscale("log", base=4)
         axis.set(xlabel="codes c", title=title, ylim=(0, 1 if len(columns) > 1 else None), xticks=SIZES)
         if columns == ["codes in use"]:

@@ -68,7 +68,7 @@ def descend(n, codes, f, norm="l2", start="random", prior="reverse", beta=1., ri
 def judged(h, codes, beta=1., prior="reverse", seed=0, mixtures=()):
     """Meters of falcon.py on features h [n, f], their loss at rest beside its optimum, and how far it is from it.
 
-    distance: (loss - optimum) / (log c - optimum), 0 at the optimum and 1 at representation collapse.
+    distance: (loss - optimum) / (collapse - optimum), 0 at the optimum and 1 at representation collapse.
     """
     n, f = h.shape
     temperature = falcon.derived_temperature(n, f, codes)
@@ -76,7 +76,7 @@ def judged(h, codes, beta=1., prior="reverse", seed=0, mixtures=()):
     loss = (beta * ce + (0 if prior == "none" else kl)).item()
     values = falcon.loss_values(n, codes, n, beta, prior=prior)
     optimum = list(values.values())[-1]
-    worst = math.log(codes) * (2 if prior == "forward" else 1)
+    worst = math.log(codes) * (2 if prior == "forward" else min(1, beta))
     meters = falcon.collapse_meters(h, dictionary_signs(codes, f, seed), temperature, mixtures)
     return {"loss": loss, "optimum": optimum, "distance": (loss - optimum) / (worst - optimum), **meters}
 

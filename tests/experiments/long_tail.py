@@ -49,19 +49,20 @@ def main():
     parser.add_argument("--options", nargs="*", default=["width=8"], help="of all runs, without their dashes")
     parser.add_argument("--seeds", type=int, default=5, help="at least 2")
     args = options_of_all(parser, "long-tail")
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out / Path(args.data).stem
+    out.mkdir(parents=True, exist_ok=True)
     data = read_data(args.data)
     common = [f"--{option}" for option in args.options] + VIEWS_OF.get(args.data, [])
     jobs = {}
     for ratio in args.ratios:
         rows = thinned(data.labels, ratio)
-        file = (args.out / f"{ratio}.npz").resolve()
+        file = (out / f"{ratio}.npz").resolve()
         save_npz(file, data.images[rows], data.labels[rows], data.test_images, data.test_labels)
         epochs = str(round(args.seen / len(rows)))
         for size in args.batches:
             for name, (script, options) in METHODS.items():
                 for seed in range(args.seeds):
-                    folder = (args.out / f"{name} {ratio} {size} {seed}").resolve()
+                    folder = (out / f"{name} {ratio} {size} {seed}").resolve()
                     jobs[ratio, size, name, seed] = folder, script, [
                         *options, *common, "--data", str(file), "--batch", str(size), "--epochs", epochs, "--seed", str(seed)]
     results = make(jobs, numbers, args)

@@ -30,6 +30,7 @@ METERS = {  # name in the table: in falcon.collapse_meters, decimals
     "std": ("std", 2), "cosine": ("cosine", 2), "dimensions": ("dimensions", 2), "off-diagonal": ("off_diagonal", 2),
     "codes": ("codes", 0), "assignment entropy": ("assignment_entropy", 2), "mixture entropy": ("mixture_entropy_10", 2)}
 PANEL = {"cosine": 2, "RankMe": 1, "participation": 1, "uniformity": 2, "TwoNN": 1, "view ratio": 2}        # decimals
+SEED = 1000                                              # of the codes: no run was trained on these
 PROBES = {"k-NN": 3, "linear": 3, "1 a class": 3, "5 a class": 3, "10 a class": 3}
 
 
@@ -46,7 +47,8 @@ def numbers(job):
         z = model.projector(encode(model.encoder, read_data("digits").test_images))
     n, f = z.shape
     z = F.normalize(z) * (f / 64) ** .5
-    meters = falcon.collapse_meters(z, dictionary_signs(2048, f, 0), falcon.derived_temperature(64, f, 2048))
+    codes = dictionary_signs(2048, f, SEED)
+    meters = falcon.collapse_meters(z, codes, falcon.derived_temperature(64, f, 2048))
     meters["dimensions"] = meters["dimensions"] / f
     return {"meters": meters, "panel": report["panels"]["projector z"], "probes": report["probes"]["trained encoder"],
             "raw pixels": report["probes"]["raw pixels"], "random encoder": report["probes"]["random encoder"]}
