@@ -15,7 +15,7 @@ EPYC. Without frustration labels stop 0.94 apart and stay there. With 10 frustra
 distances shrink by exp(-0.0461 t), for ever. A head W between the two sides makes it faster; the same head
 with stop-gradient keeps the labels 3.1 apart. Time is in units of 1 / (a clean sample's rate), length in
 standard deviations of the class centres. Collapse costs clean samples no nearest-label accuracy (F1) while it
-keeps its shape: they stay 1 / (1 - λ) times as far from the common mean as their labels, λ the slow rate, and
+keeps its shape: they stay 1 / (1 - λ) times as far from the common mean as their labels, λ the slow rate;
 what is lost is the margin against noise (crosses). Where pairs do not fill whole decks one mode outlives the
 others and accuracy falls in the end (timeline, --samples 5 --frustration .3: .8 from t = 64 on, where labels
 are 3e-10 apart). In the linear teacher-student it falls early (F6 with --frustration .2).
@@ -1143,14 +1143,14 @@ def parse():
 
     if args.frustrated > 5000 or args.frustration and not args.frustrated:
         die(f"--frustration {p} makes {wanted:.2g} frustrated of {clean} clean: none, or from 1 to 5000")
-    case = graph_case(args, args.frustrated, args.dim)
+    case = graph_case(args, args.frustrated, 2 if args.experiment == "plane" else args.dim)
     of_vectors = largest_step(case.merged) / 2         # heads double the rates
     bound = min(of_vectors, largest_step_of_head(case.merged, 1 / case.size))
     if args.lr is None:
         args.lr = bound / 2
     if not bound / 100 <= args.lr < bound:
         die(f"--lr {args.lr} is out of bounds: with these options it must be below {bound:.4g}, where "
-            f"descent diverges, and from {bound / 100:.2g} on")
+            f"descent may diverge, and from {bound / 100:.2g} on")
     return args
 
 

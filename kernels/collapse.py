@@ -47,7 +47,7 @@ class _Rows:
         else:
             part = self.z[rows if isinstance(rows, slice) else rows.numpy()]
             part = torch.from_numpy(part.astype(part.dtype.newbyteorder("=")))         # a copy
-        return part if self.unit == 1 else part / self.unit
+        return part if self.unit == 1 else part.double() / self.unit
 
     def parts(self, unit=False):
         """Rows, or their unit vectors, in float64, 4096 at a time: no copy of the whole."""
@@ -71,18 +71,15 @@ class _Rows:
 
 def _finite(sets):
     """Whether a row is finite in all of these, [N], and for each the largest number of its finite rows."""
-    found, largest = [], []
-    for z in sets:
-        highest = torch.cat([rows.abs().amax(dim=1) for rows in z.parts()])            # NaN if one is
-        found.append(highest.isfinite())
-        largest.append(float(highest[found[-1]].max()) if found[-1].any() else 0.)
-    return torch.stack(found).all(dim=0), largest
+    highest = [torch.cat([rows.abs().amax(dim=1) for rows in z.parts()]) for z in sets]      # NaN if one is
+    finite = torch.stack([numbers.isfinite() for numbers in highest]).all(dim=0)
+    return finite, [float(numbers[finite].max()) if finite.any() else 0. for numbers in highest]
 
 
 def _unit_of(largest):
     """A power of 2 near it, by which to divide what squares would not bear; else 1."""
     _, exponent = math.frexp(largest)
-    return 1. if abs(exponent) < 50 or not largest else 2. ** max(exponent, -1000)
+    return 1. if abs(exponent) < 50 or not largest else 2. ** min(max(exponent, -1000), 1000)
 
 
 # ---- Parts of the panel ------------------------------------------------------------------------------------
@@ -132,7 +129,7 @@ def _rankme(z):
 
 
 def _participation_and_axes(z):
-    """Of the eigenvalues l of the covariance: (sum l)^2 / sum l^2, which are its trace and its Frobenius norm,
+    """Of the eigenvalues l of the covariance: (sum l)^2 / sum l^2, which are its trace and Frobenius norm,
     and how many of them, the largest first, hold 99 % of their sum."""
     gram = _gram(z, _mean(z))
     variances = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
@@ -222,23 +219,34 @@ def _joined(group, one, other):
 
 
 def _distinct(z, distances, nearest, variance):
-    """Share of distinct rows, and of those in the largest group of (nearly) equal ones, 0 if there is none.
+    """Share of distinct rows, and of those in the largest group of (nearly) equal ones, 0 if none is."""
+    tolerance = EQUAL * (2 * variance.sum()).sqrt()
+    every = torch.arange(len(z), device=z.device)
+    sizes = _sizes(z, every, distances, nearest, [tolerance, tolerance / 1000])
+    if not len(sizes):
+        return 1., 0.
+    return (len(z) - sizes.sum().item() + len(sizes)) / len(z), sizes.max().item() / len(z)
+
+
+def _sizes(z, rows, distances, nearest, tolerances):
+    """Of the groups of equal ones among these rows, whose distances to their nearest in z are [R, k]: [G].
 
     Rows are joined with those of their nearest that are equal. A group of more than that falls into several:
     so the first of each are compared anew, until no two are equal. What was joined in a chain and is longer
-    than that, as points close together on a curve are, is no group.
+    than the tolerance, as points close together on a curve are, is judged by the next, smaller one.
     """
-    tolerance = EQUAL * (2 * variance.sum()).sqrt()
-    equal = (distances[:, 0] <= tolerance).nonzero().flatten()
-    if not len(equal):
-        return 1., 0.
-    asked = group = torch.arange(len(z), device=z.device)
-    while True:
+    tolerance, *smaller = tolerances
+    near = distances[:, 0] <= tolerance
+    equal, kept = rows[near], (distances[near], nearest[near])
+    distances, nearest = kept
+    asked, others = equal, torch.arange(len(z), device=z.device)
+    group = others
+    while len(asked):
         row, place = (distances <= tolerance).nonzero(as_tuple=True)
         if not len(row):
             break
-        group = _joined(group, asked[row], asked[nearest[row, place]])
-        asked = group[equal].unique()
+        group = _joined(group, asked[row], others[nearest[row, place]])
+        asked = others = group[equal].unique()
         if len(asked) < 2:
             break
         distances, nearest = _nearest(_Rows(z.read(asked)))
@@ -247,10 +255,11 @@ def _distinct(z, distances, nearest, variance):
     for rows, groups in zip(equal.split(4096), own.split(4096)):
         apart = z.read(rows).double() - z.read(group[rows]).double()
         squares.index_add_(0, groups, apart.square().sum(dim=1))
-    sizes = sizes[squares <= tolerance ** 2 * (sizes - 1)]
-    if not len(sizes):
-        return 1., 0.
-    return (len(z) - sizes.sum().item() + len(sizes)) / len(z), sizes.max().item() / len(z)
+    long = squares > tolerance ** 2 * (sizes - 1)
+    if not smaller or not long.any():
+        return sizes[~long]
+    distances, nearest = (numbers[long[own]] for numbers in kept)
+    return torch.cat([sizes[~long], _sizes(z, equal[long[own]], distances, nearest, smaller)])
 
 
 def _class_stds(z, labels):
@@ -329,7 +338,9 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     if len(outliers):
         finite[outliers] = False
         counted = finite.nonzero().flatten()
-        rows, *views = [_Rows(x.z, counted, x.unit) for x in sets]
+        sets = [_Rows(x.z, counted) for x in sets]
+        largest = [max(float(part.abs().max()) for part in x.parts()) for x in sets]
+        rows, *views = [_Rows(x.z, counted, _unit_of(number)) for x, number in zip(sets, largest)]
         panel |= {"samples": len(rows), "outliers": len(outliers), "outlier rows": outliers[:10].tolist(),
                   "outlier share": share}
     samples, width = len(rows), rows.width
@@ -367,7 +378,7 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
 
 def _classes(rows, labels, counted, whole):
     words = None
-    if any(isinstance(label, str) for label in labels):
+    if not isinstance(labels, torch.Tensor) and any(isinstance(label, str) for label in labels):
         if not all(isinstance(label, str) for label in labels):
             raise ValueError("labels must be all words or all whole numbers, got both")
         words = sorted({*labels})
@@ -578,11 +589,9 @@ class CollapseWatch:
 # ---- Neighbours --------------------------------------------------------------------------------------------
 def _labels(y, count, name):
     """Labels [N] or [N, 1], tensor, array or list -> int64 [N]; ValueError if they are none of `count`."""
-    if not isinstance(y, torch.Tensor) and hasattr(y, "__array__"):
-        y = y.__array__()
-        if y.dtype.kind in "iuf":                        # reversed, of another byte order
-            y = y.astype(y.dtype.newbyteorder("="), order="C")
     try:
+        if type(y).__module__ == "numpy" and y.dtype.kind in "biuf":     # reversed, of another byte order
+            y = y.astype(y.dtype.newbyteorder("="), order="C")
         y = torch.as_tensor(y)
         whole = not y.is_complex()
         if y.is_floating_point():

@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from kernels import CollapseWatch, collapse, collapse_panel, few_label_accuracy, knn_accuracy, verdict
 from kernels.harness.cli import read_data
-from embeddings import (HEALTHY, NOT_YET, NOTHING, ONE_POINT, PARTIAL, SYNTHETIC, THIN, blind, line, near, positive,
+from embeddings import (circle, HEALTHY, NOT_YET, NOTHING, ONE_POINT, PARTIAL, SYNTHETIC, THIN, blind, line, near, positive,
                         sentence_of, white)
 from scripts import ROOT, forked
 
@@ -349,6 +349,36 @@ def test_no_measure_depends_on_the_unit(exponent, monkeypatch):
     for scale in (1e-25, 1e19, 1e30):
         found = collapse_panel((scale * z).float())
         assert found["TwoNN"] == pytest.approx(expected["TwoNN"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_row_of_the_largest_number_there_is_hides_no_other(dtype):
+    """As some masks are."""
+    z = white(500, 16).to(dtype)
+    z[7] = torch.finfo(dtype).min
+    sentence = verdict(collapse_panel(*near(z)[:1], z + .1, z - .1))
+    assert sentence.startswith("OUTLIERS: 1 of 500 embeddings (rows 7)"), sentence
+    assert "all embeddings are equal" not in sentence
+
+
+def test_an_outlier_does_not_set_the_unit_of_the_others(monkeypatch):
+    monkeypatch.setattr(collapse, "_work_dtype", lambda z: torch.float32)
+    z = white(500, 16).float()
+    z[:100] = z[0]
+    expected = collapse_panel(z)
+    found = collapse_panel(torch.cat([z, torch.full((1, 16), 1e28)]))
+    assert found.pop("outliers") == 1 and found["at one point"] == expected["at one point"] == .2
+    assert found["TwoNN"] == pytest.approx(expected["TwoNN"], rel=1e-5)
+
+
+def test_equal_rows_on_a_dense_curve_are_found(monkeypatch):
+    """Its other rows, closer than what counts as equal, are joined with them in one long chain."""
+    monkeypatch.setattr(collapse, "EQUAL", 4e-3)
+    z = circle(5000)[torch.randperm(5000, generator=torch.Generator().manual_seed(0))]
+    assert collapse_panel(z)["at one point"] < .01
+    z[100:1100] = z[100]
+    found = collapse_panel(z)
+    assert found["at one point"] == pytest.approx(.2, abs=.001) and found["distinct"] == pytest.approx(.8, abs=.05)
 
 
 def test_of_few_samples_each_rank_has_a_most_of_its_own():

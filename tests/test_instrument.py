@@ -194,6 +194,7 @@ def test_a_text_beside_embeddings_may_be_anything(place):
     ("cat\n" * 391 + "rare\n" * 10, "holds 401 labels for 400"),
     ("class\n" + "cat\n" * 389 + "rare\n" * 10, "holds 399 labels for 400"),
     ("class\n" + "cat\n" * 3 + "\n" + "cat\n" * 386 + "rare\n" * 10, ""),
+    ("kind\n" + "cat\n" * 389 + "rare\n" * 10 + "\n", "has a line more than embeddings, and an empty last one"),
     ("kind\n" + "cat\n" * 390 + "rare\n" * 10 + "\n\n", "")])
 def test_labels_of_one_column_are_not_off_by_one(place, text, words):
     """One too many, a name and one too few, an image without a label, empty lines at the end."""
@@ -249,6 +250,24 @@ def test_tables_between_other_marks(place, name, mark):
     text = "\n".join(mark.join(map(str, row)) for row in np.load(place / "z.npy")) + "\n"
     (place / name).write_text(text.replace(".", ",") if "comma" in name else text)
     assert run(place, name).stdout == run(place, "z.npy").stdout
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda lines: ["", *lines], ""), (lambda lines: [f"{line},a;b" for line in lines], ""),
+    (lambda lines: [*lines[:-1], lines[-1].split(",")[0]], "is no table of rows of one length")])
+def test_tables_with_an_empty_first_line_with_marks_in_words_and_cut_short(place, change, words):
+    lines = [",".join(map(str, row)) for row in np.load(place / "z.npy")]
+    (place / "odd.csv").write_text("\n".join(change(lines)) + "\n")
+    done = run(place, "odd.csv")
+    assert done.returncode == (2 if words else 4) and words in done.stderr, done.stderr
+
+
+def test_mistakes_of_labels_name_their_file(place):
+    np.save(place / "o.npy", np.array([{}, 1], dtype=object))
+    done = run(place, "z.npy", "--labels", "o.npy")
+    assert done.returncode == 2 and done.stderr.startswith("collapse: o.npy: it holds Python objects"), done.stderr
+    done = run(place, "z.npy", "--labels", "labelled.npz", "--labels-key", "k")
+    assert done.returncode == 2 and done.stderr.startswith("collapse: labelled.npz: "), done.stderr
 
 
 def test_names_of_several_lines_are_cells_of_a_table(place):

@@ -1070,6 +1070,17 @@ def test_ranges_of_several_kinds_are_of_these_files_alone():
     assert same(grown, read_images("a/images", size=16))
 
 
+@pytest.mark.parametrize("turn", [2, 3, 6])
+def test_a_stack_is_turned_too(turn):
+    x = numbers(shape=(20, 16, 16))
+    tiff("plain", x, photometric="minisblack")
+    tiff("turned", x, photometric="minisblack", extratags=[(274, "H", 1, turn, True)])
+    plain, turned = (read_images(f"{name}.tif").images[:].numpy() for name in ("plain", "turned"))
+    expected = {2: plain[..., ::-1],
+                3: plain[..., ::-1, ::-1], 6: plain.swapaxes(-1, -2)[..., ::-1]}[turn]
+    assert np.array_equal(turned, expected)
+
+
 def test_what_the_range_of_a_kind_cuts_is_said(capsys):
     """One bright image in two hundred, which is not among those that were looked at."""
     x = numbers("u2", 0, 1000, (200, 16, 16))
@@ -1118,13 +1129,15 @@ def test_what_runs_wrote_into_the_data_is_none_of_it(capsys):
     os.chdir("photos")
     for folder in (Path("runs/vicreg-1"), Path("own out")):
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text('{"method": "VICReg"}')
+        (folder / "config.json").write_text('{"method": "VICReg", "version": "2", "digest": 1}')
         Image.new("RGB", (99, 99)).save(folder / "views.png")
     read_images(".", size=16)
     np.save("runs/decoded/another.npy", np.zeros((9, 9)))
     capsys.readouterr()
     assert same(first, read_images(".", size=16))
     assert "note: left out 3 folders that runs wrote, as ./own out" in notes(capsys)
+    Path("own out/config.json").write_text('{"method": "brightfield"}')          # of a microscope
+    assert "own out/views.png" in [*(data := read_images(".", size=16)).files, *data.test_files]
 
 
 def test_which_of_two_names_of_a_folder_counts_is_the_same_on_any_disk(monkeypatch):

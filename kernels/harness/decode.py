@@ -141,7 +141,8 @@ def turned(x, axes, orientation):
         x = x.swapaxes(rows, columns)
     if orientation in (3, 4, 7, 8):
         x = np.flip(x, rows)
-    return np.flip(x, columns) if orientation in (2, 3, 6, 7) else x
+    x = np.flip(x, columns) if orientation in (2, 3, 6, 7) else x
+    return np.ascontiguousarray(x)                       # torch takes no array that runs backwards
 
 
 def refuse_gaps(pages):

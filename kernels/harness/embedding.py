@@ -211,8 +211,8 @@ def refuse_to_overwrite(args):
         if os.path.exists(args.data) and file.samefile(args.data):
             raise ValueError(f"--out {args.out}: {file} is the data itself: give another --out")
         if not is_own(file):
-            raise ValueError(f"--out {args.out}: {file} is there, and is no earlier output of this command: "
-                             "give another --out, or move that file away")
+            raise ValueError(f"--out {args.out}: {file} is there, and is not known to be an earlier output "
+                             "of this command: give another --out, or move that file away")
 
 
 def remove_stale(file):
@@ -258,7 +258,9 @@ def command(args):
                 f"{len(skipped):,} of {len(names):,} cannot be embedded, of which one in ten may be skipped: "
                 f"{name} ({reason}); {len(rest):,} other")
 
-    stale = args.out and args.out.exists()
+    alone = not args.out or not any(args.out.with_suffix(end).exists() for end in (".npz", ".npy", ".csv")
+                                    if end != args.out.suffix)   # what lies beside may be that one's
+    stale = args.out and args.out.exists() and alone
     if args.out:
         kept = write_features(args.out, names, watched(), encoder.features)
         count = len(kept)

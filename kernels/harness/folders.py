@@ -1,5 +1,6 @@
 """What lies in a folder: which files are images, in which split they are, of which class."""
 import csv
+import json
 import os
 import unicodedata
 from collections import Counter
@@ -45,8 +46,9 @@ def written_by_runs(folder, names):
     if Path(folder).resolve() == Path("runs", "decoded").resolve():
         return True
     try:
-        return "config.json" in names and '"method"' in Path(folder, "config.json").read_text()
-    except (OSError, ValueError):                            # of something else
+        found = json.loads(Path(folder, "config.json").read_text()) if "config.json" in names else {}
+        return {"method", "version", "digest"} <= {*found} or {"experiment", "frustrated"} <= {*found}
+    except (OSError, ValueError, TypeError):                 # of something else
         return False
 
 

@@ -110,20 +110,25 @@ def read_table(path):
     index without a name), are left out, and so is a first line of names. Between cells are semicolons, where
     a decimal comma may be, or tabs, if all lines have them; else commas, or blanks."""
     import csv
-    with open(path, newline="", encoding="utf-8-sig") as text:
-        first = text.readline()
-        for mark in [mark for mark in ";\t," if mark in first] + [None]:
-            text.seek(0)
-            cells = csv.reader(text, delimiter=mark) if mark else map(str.split, text)
-            lines = [line for line in cells if line]
-            if min(map(len, lines), default=0) > 1:
-                break
-
     def number(word):
         try:
             return float(word.replace(",", ".") if mark == ";" else word)
         except ValueError:
             return None
+
+    with open(path, newline="", encoding="utf-8-sig") as text:
+        first = next((line for line in text if line.strip()), "")
+        read = {}
+        for mark in [mark for mark in ";\t," if mark in first] + [None]:
+            text.seek(0)
+            cells = csv.reader(text, delimiter=mark) if mark else map(str.split, text)
+            read[mark] = lines = [line for line in cells if line]
+            whole = min(map(len, lines), default=0) > 1
+            if whole and not {*map(number, lines[-1])} <= {None}:
+                break
+        else:                                            # none serves: that by which most lines have cells
+            mark = max(read, key=lambda mark: sum(len(line) > 1 for line in read[mark]))
+            lines = read[mark]
 
     # Names: words above numbers; or, where the others are numbers (0, 1, ...) as kernels.embed writes them,
     # one of these words above words.
@@ -201,12 +206,17 @@ def label_column(path, key, count, names):
     places = [place_of(rows[0], name, path) for name in wanted]
     column = next((k for k in places if k is not None), None)
     if len(rows[0]) == 1 or (column is None and len({*map(len, rows)}) > 1):
-        text = path.read_text(encoding="utf-8-sig").rstrip()
+        text = path.read_text(encoding="utf-8-sig")
         words = [line.strip().strip('"') for line in text.splitlines()]
+        while len(words) > count + 1 and not words[-1]:
+            words.pop()
         first, *others = words
-        named = first.lower() in COLUMNS or len(words) == count + 1
-        if not named or first in others:
-            return words
+        known = first.lower() in COLUMNS
+        if first in others or not known and len(words) != count + 1:
+            return words if words[-1] or len(words) <= count else words[:-1]
+        if not known and not words[-1]:
+            raise ValueError(f"{path} has a line more than embeddings, and an empty last one: remove that, "
+                             f"or its first line, {first}, or call it class if it is a name")
         print(f"{path}: the first line, {first}, is taken as a name")
         return others
     heads, *rows = rows
@@ -241,7 +251,7 @@ def read_labels(path, key, count, names):
         with np.load(path) as found:
             there = [name for name in found.files if math.prod(shape_in(found, name) or (0,)) == count]
             own = [name for name in there if "label" in name] or there
-            if not key and (len(own) != 1 or "file" in own[0]):
+            if not key and (len(own) != 1 or own[0].endswith("files")):
                 raise ValueError(f"{path} has {len(there)} arrays of {count} ({', '.join(there)}): say "
                                  "which are the labels, by --labels-key")
             print(f"{path}: labels {key or own[0]}")
@@ -322,7 +332,8 @@ def main():
     add("--views", nargs=2, default=[], metavar="FILE", help="embeddings of two views of each image")
     add("--before", help="embeddings of the same images by the untrained network")
     add("--before-views", nargs=2, default=[], metavar="FILE", help="and of their two views")
-    add("--labels", help="a class or group of each image: .npy, .npz, or a table, of one column or with a column class")
+    add("--labels",
+        help="a class or group of each image: .npy, .npz, or a table, of one column or with a column class")
     add("--key", help="of a file that holds several arrays: which are the embeddings; if not given the first "
         f"of {', '.join(TRIED)} that is there")
     add("--labels-key", help="and which the labels")
@@ -336,8 +347,11 @@ def main():
         z, *views = embeddings([args.file, *args.views], args.key)
         labels = names = None
         if args.labels:
-            labels, names = read_labels(args.labels, args.labels_key, len(z),
-                                        lambda: names_of(args.file, args.key, len(z)))
+            try:
+                labels, names = read_labels(args.labels, args.labels_key, len(z),
+                                            lambda: names_of(args.file, args.key, len(z)))
+            except Exception as error:
+                raise NamedError(about(args.labels, error))
         panel = collapse_panel(z, *views, labels=labels)
         if names is not None:
             panel["classes at one point"] = [str(names[k]) for k in panel.get("classes at one point", [])]

@@ -67,8 +67,10 @@ class Prepare:
             return torch.from_numpy(arrays)
         images = Images(Raw(arrays, self.layout), self.low, self.high)
         if not images.plain:
-            self.seen += arrays.size
-            self.outside += np.count_nonzero((arrays < self.low) | (arrays > self.high))
+            cut = np.count_nonzero((arrays < self.low) | (arrays > self.high))
+            with self.lock:                              # threads that read count, too
+                self.seen += arrays.size
+                self.outside += cut
         return pixels(images, images.rows)
 
     def array(self, thing):
