@@ -254,6 +254,13 @@ def test_what_lies_beside_is_left_if_it_is_no_earlier_output(few):
     assert done.returncode == 0 and "removed" not in done.stdout and (few / "f.html").read_text() == "mine"
 
 
+def test_the_page_of_another_format_of_that_name_stays(few):
+    assert embed(few, "run", "set", "--out", "f.npz").returncode == 0
+    for _ in range(2):
+        done = embed(few, "run", "set", "--out", "f.csv", "--no-page")
+        assert done.returncode == 0 and "removed" not in done.stdout and (few / "f.html").exists()
+
+
 def test_names_with_lines_of_their_own_and_letters_of_no_alphabet(few):
     names = ["a\rb.png", "a\u2028b.png", "a\nb\x0c.png", "a\"b,.png", os.fsdecode(b"a\xff.png")]
     for k, name in enumerate(names):

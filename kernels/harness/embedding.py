@@ -215,6 +215,12 @@ def refuse_to_overwrite(args):
                              "of this command: give another --out, or move that file away")
 
 
+def another_beside(out):
+    """Whether the page and the list beside may be those of an output of this name in another format."""
+    others = {".npz", ".npy", ".csv"} - {out.suffix}
+    return any(out.with_suffix(ending).exists() for ending in others)
+
+
 def remove_stale(file):
     """What an earlier output had beside it, and this one has not."""
     if is_own(file):
@@ -258,9 +264,7 @@ def command(args):
                 f"{len(skipped):,} of {len(names):,} cannot be embedded, of which one in ten may be skipped: "
                 f"{name} ({reason}); {len(rest):,} other")
 
-    alone = not args.out or not any(args.out.with_suffix(end).exists() for end in (".npz", ".npy", ".csv")
-                                    if end != args.out.suffix)   # what lies beside may be that one's
-    stale = args.out and args.out.exists() and alone
+    stale = args.out and args.out.exists() and not another_beside(args.out)
     if args.out:
         kept = write_features(args.out, names, watched(), encoder.features)
         count = len(kept)
