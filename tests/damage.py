@@ -1,6 +1,8 @@
-"""Damaged files for the fuzzers, and the bounds within which each must be read or refused."""
+"""Damaged and odd files, and the bounds within which each must be read or refused."""
 import resource
+import struct
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,3 +52,12 @@ def damaged(data, rng, heads=False):
         else:
             del data[max(8, at):]
     return bytes(data)
+
+
+def deep_colour_png():
+    """16 bits of red, green and blue, of which Pillow shows the upper half."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    rows = b"".join(b"\0" + bytes(range(96)) for _ in range(16))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from damage import deep_colour_png
 from kernels.harness import arrays, embedding, probes
 from kernels.harness.arrays import Raw
 from kernels.harness.cli import read_data
@@ -303,6 +304,7 @@ def test_numbers_outside_trainings_range_are_cut_and_counted():
 @pytest.mark.parametrize("write, thing, words", [
     (rgba, noise(16, 16, kind="u2"), "it holds uint16, training's images uint8"),
     (twelve_bits, noise(16, 16), "it holds uint8, training's images uint16"),
+    (rgba, noise(5, 16, 16), "channels come last, 1, 3 or 4 of them; several images are given as a list"),
     (rgba, noise(16), r"it is uint8 \[16\], no image of 2 axes"), (rgba, np.array([["a"]]), "no image of 2 axes"),
     (five_channels, noise(16, 16, kind="u2"), r"its shape is \[1, 16, 16\]"),
     (volumes, noise(8, 10, 13, kind="i2"), r"its shape is \[8, 10, 13\]"),
@@ -311,6 +313,17 @@ def test_what_it_cannot_be_is_said(write, thing, words):
     prepare = trained_on(write)
     with pytest.raises(ValueError, match=words):
         prepare(thing)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_an_open_image_of_which_pillow_reads_half_the_bits_is_refused(kind):
+    prepare = trained_on(rgba)
+    if kind == "TIFF":
+        tifffile.imwrite("deep", noise(16, 16, 3, kind="u2", high=4096), photometric="rgb")
+    else:
+        Path("deep").write_bytes(deep_colour_png())
+    with pytest.raises(ValueError, match=f"a {kind} of 16 bits a colour"):
+        prepare(Image.open("deep"))
 
 
 def test_a_plane_for_an_encoder_of_volumes_is_refused():

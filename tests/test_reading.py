@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,14 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
+from damage import deep_colour_png
 from kernels import knn_accuracy
 from kernels.harness import decode, sources
+from kernels.harness.arrays import Raw
 from kernels.harness.cli import read_data
 from kernels.harness.digits import posed_digits
 from kernels.harness.encoder import Encoder
-from kernels.harness.images import encode, in_words
+from kernels.harness.images import Images, encode, in_words, some_numbers
 from kernels.harness.numbers import number_range
 from kernels.harness.reading import read_images
 from kernels.harness.views import cropped_view, posed_view, random_crop
@@ -684,6 +685,8 @@ def test_hugging_face(x, huggingface):
     assert rank_correlation(data.images[:], expected) >= 0.9995
     assert np.array_equal(data.labels, y) and np.array_equal(data.test_labels, y[:9])
     assert len(read_images("hf:set:train", size=16).images) == 16    # of which a fifth is held out
+    huggingface.DatasetDict(parts | {"test": huggingface.make(x[:9], [-1] * 9)}).save_to_disk("secret")
+    assert np.array_equal(read_images("hf:secret", size=16).test_labels, y[:9])          # of validation
     for name, words in (("hf:set:spring", "spring"), ("hf:nowhere", "cannot be loaded")):
         with pytest.raises(ValueError, match=words):
             read_images(name)
@@ -749,15 +752,6 @@ def test_the_last_data_counts_however_it_is_given(words):
 
 
 # ---- Broken files ------------------------------------------------------------------------------------------
-def deep_colour_png():
-    """16 bits of red, green and blue, of which Pillow shows the upper half."""
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    rows = b"".join(b"\0" + bytes(range(96)) for _ in range(16))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-
-
 def bytes_of(form, x, **options):
     file = io.BytesIO()
     Image.fromarray(x).save(file, form, **options)
@@ -1123,6 +1117,187 @@ def test_numbers_are_looked_at_from_the_whole_set():
     assert read_images("x.npz").numbers["outside"] < .02
 
 
+def test_numbers_are_looked_at_in_all_columns():
+    """A step through the numbers that the sides divide would meet some columns alone: here the dark ones."""
+    x = np.zeros((100, 16, 16, 16), np.uint8)
+    x[..., 4:12] = 1
+    for step in (2, 8, 16, 48, 64):
+        some = some_numbers(Images(Raw(x, None), 0, 1), x.size // step)
+        assert abs(some.mean() - .5) < .05
+
+
+@pytest.mark.parametrize("fill", [-9999, 32767])
+def test_a_number_that_stands_for_no_data_is_said(fill, capsys):
+    x = numbers("i2", 0, 500, (20, 64, 64))
+    np.savez("x.npz", train_images=x)
+    read_images("x.npz")
+    assert not any("lies between" in line for line in notes(capsys))
+    x[:, :2] = fill
+    np.savez("x.npz", train_images=x)
+    read_images("x.npz")
+    said, = [line for line in notes(capsys) if "lies between" in line]
+    assert "stands for no data, --range LOW HIGH" in said
+    read_images("x.npz", value_range=(0, 500))
+    assert not any("lies between" in line for line in notes(capsys))
+    np.savez("mask.npz", train_images=(x == fill).astype("f4") * 7)
+    read_images("mask.npz")
+    assert not any("lies between" in line for line in notes(capsys))
+
+
+def test_folders_that_change_places_change_labels():
+    """Equal sizes and times: unpacked archives have them."""
+    for name, low in (("cat", 10), ("dog", 200)):
+        write(f"set/{name}", numbers(low=low, high=low + 9), npy)
+    for file in Path("set").rglob("*.npy"):
+        os.utime(file, (1.7e9, 1.7e9))
+    read_images("set")
+    for before, after in (("cat", "other"), ("dog", "cat"), ("other", "dog")):
+        Path("set", before).rename(Path("set", after))
+    data = read_images("set")
+    for row, name in enumerate(data.files):
+        assert np.array_equal(data.images[[row]][0, 0], np.load(Path("set", name)))
+        assert data.classes[data.labels[row]] == name[:3]
+
+
+def test_links_to_nothing_cannot_be_read():
+    write("store", numbers())
+    Path("set").mkdir()
+    for k in range(20):
+        Path(f"set/{k:03}.png").symlink_to(f"../store/{k:03}.png")
+    Path("store/007.png").rename("007.png")
+    data = read_images("set", size=16)
+    assert [name for name, _ in data.skipped] == ["007.png"]
+    with pytest.raises(ValueError, match="007.png .*No such file"):
+        read_images("set", size=16, strict=True)
+    Path("007.png").rename("store/007.png")
+    assert np.allclose(by_number(read_images("set", size=16))[:, 0], numbers())
+    for k in range(3):
+        Path(f"store/{k:03}.png").unlink()
+    with pytest.raises(ValueError, match="3 of 20 files cannot be read"):
+        read_images("set", size=16)
+
+
+def test_a_link_in_a_class_takes_no_other_class_away(capsys):
+    for name in ("ant", "bee", "cat"):
+        write(f"set/{name}", numbers(seed=ord(name[0])))
+    Path("set/ant/also").symlink_to("../bee")
+    data = read_images("set", size=16, labels="top")
+    assert [*data.classes] == ["ant", "bee", "cat"] and len(data.images) + len(data.test_images) == 60
+    assert any("left out 1 links to folders that are read where they lie, as set/ant/also" in line
+               for line in notes(capsys))
+
+
+def test_floats_of_two_sizes_are_one_kind():
+    x = numbers("f4", 0, 100)
+    write("set", [own.astype("f8") * 10 if k % 2 else own for k, own in enumerate(x)], npy)
+    found = by_number(read_images("set"))
+    assert 8 < found[1::2].mean() / found[::2].mean() < 12
+
+
+def test_two_starts_at_once_of_which_one_cannot_read_a_file(monkeypatch):
+    """The rows of the first that ended stay: it may be at work on them."""
+    write("set", numbers())
+    real = decode.write_rows
+    first = []
+
+    def slow(*arguments):
+        real(*arguments)
+        if not first:                                                # another start ends meanwhile
+            first.append(True)
+            with monkeypatch.context() as other:
+                other.setattr(Path, "read_bytes", without)
+                first.append(read_images("set", size=16))
+
+    read_bytes = Path.read_bytes
+
+    def without(path):
+        if path.name == "003.png":
+            raise MemoryError
+        return read_bytes(path)
+
+    monkeypatch.setattr(decode, "write_rows", slow)
+    second = read_images("set", size=16)
+    for data in (first[1], second):
+        assert np.allclose(by_number(data)[:, 0], np.delete(numbers(), 3, 0))
+        assert data.skipped == [("003.png", "MemoryError")]
+    assert np.allclose(by_number(read_images("set", size=16))[:, 0], numbers())  # there is memory again
+
+
+def test_palettes_ink_and_transparency_in_stacks(capsys):
+    colours = [Image.fromarray(x).quantize(64) for x in numbers(shape=(10, 16, 16, 3))]
+    colours[0].save("palette.tif", save_all=True, append_images=colours[1:])
+    with pytest.raises(ValueError, match="palette: write it as RGB"):
+        read_images("palette.tif")
+    tiff("alpha", numbers(shape=(10, 16, 16, 4)), photometric="rgb", extrasamples=["unassalpha"])
+    assert read_images("alpha.tif").images.shape[1:] == (4, 16, 16)
+    assert any("transparency is kept as it is, of 4 channels" in line for line in notes(capsys))
+    tiff("ink", numbers(shape=(10, 16, 16, 4)), photometric="separated")
+    read_images("ink.tif")
+    assert any("ink is kept as it is, of 4 channels" in line for line in notes(capsys))
+
+
+@pytest.mark.parametrize("names", [["test", "val"], ["train2017", "val2017"]])
+def test_parts_of_a_set_are_no_classes(names, capsys):
+    for name in names:
+        write(f"set/{name}", numbers(seed=len(name)))
+    data = read_images("set", size=16)
+    assert data.labels is None
+    assert any("are parts of a set, of which one must be called train" in line for line in notes(capsys))
+
+
+def test_no_training_image_is_left():
+    write("set/test", numbers())
+    Path("set/train").mkdir()
+    with pytest.raises(ValueError, match="no image of train/ is left for training, 20 for testing"):
+        read_images("set", size=16)
+
+
+def test_a_folder_that_is_called_as_the_built_in_set(capsys):
+    read_data("digits")
+    assert not notes(capsys)
+    write("digits", numbers())
+    read_data("digits")
+    said, = notes(capsys)
+    assert said.endswith("is ./digits")
+    assert len(read_data("./digits").images) == 16
+
+
+def test_reasons_name_what_is_wrong():
+    write("pickles", numbers())
+    Path("pickles/003.png").write_bytes(b"junk")
+    assert read_images("pickles", size=16).skipped == [("003.png", "cannot identify image file")]
+
+
+@pytest.mark.parametrize("kind", ["object", "bytes", "inf"])
+def test_labels_as_libraries_write_them(kind):
+    labels = {"object": np.array(["ant", "bee"] * 10, object), "bytes": np.array([b"ant", b"bee"] * 10),
+              "inf": np.array([0, np.inf] * 10)}
+    np.savez("x.npz", train_images=numbers(), train_labels=labels[kind])
+    if kind == "bytes":
+        assert [*read_images("x.npz").classes] == ["ant", "bee"]
+        return
+    words = {"object": "train_labels: it holds Python objects: write numbers, or strings, as array.astype.str. is",
+             "inf": "is float64 .20. for 20 images: not one class each"}
+    with pytest.raises(ValueError, match=words[kind]):
+        read_images("x.npz")
+
+
+def test_labels_of_no_images_and_floats_that_torch_has_not(capsys):
+    x = numbers("f4", 0, 1).astype(np.longdouble)
+    np.savez("x.npz", train_images=x, train_labels=np.arange(20) % 2, test_labels=np.arange(9) % 2)
+    data = read_images("x.npz")
+    assert len(data.images) == 16 and np.allclose(data.images[:][:, 0], x[[int(row) for row in data.files]])
+    assert any("has test_labels but no test_images: they are left out" in line for line in notes(capsys))
+
+
+def test_a_nifti_of_five_axes_of_which_two_are_one():
+    nibabel = pytest.importorskip("nibabel")
+    for k, x in enumerate(numbers("f4", shape=(8, 8, 9, 10))):
+        Path("set").mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(x[..., None, None].repeat(3, -1), np.eye(4)), f"set/{k}.nii")
+    assert read_images("set").images.shape[1:] == (3, 8, 9, 10)
+
+
 def test_what_runs_wrote_into_the_data_is_none_of_it(capsys):
     write("photos", numbers())
     first = read_images("photos", size=16)
@@ -1446,7 +1621,8 @@ def test_test_images_of_a_group_in_training_are_left_out(capsys):
     (["000.png,cat\0"], "file,class", "cannot be read .it is no text"),
     (["000.png,cat"], "name,label", "has the columns name, label: its first line must name file and class"),
     ([], "", "has the columns none"), (["x.png,cat"], "file,class", "names none of the 20 files"),
-    (None, "", "cannot be read"), (["000.png,cat,p"] * 20, "file,class,group", "of one group|5 at least")])
+    (None, "", "cannot be read"), (["000.png,cell, small"], "file,class", "has more cells than the first line"),
+    (["000.png,cat,p"] * 20, "file,class,group", "of one group|5 at least")])
 def test_tables_that_do_not_serve(rows, header, words):
     write("set", numbers())
     if rows is not None:

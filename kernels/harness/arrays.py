@@ -43,7 +43,7 @@ def read_npz(path, channels_last):
         else:
             with np.load(path) as archive:
                 there = archive.files
-                found = {key: np.asarray(archive[key]) for key in KEYS if key in there}     # some are bytes
+                found = {key: entry_of(archive, key) for key in KEYS if key in there}
     except Exception as error:                           # a bad archive raises any of seven kinds
         raise ValueError(f"{path} cannot be read as .npz ({without_advice(error)}): check the path, or fetch "
                          "it again")
@@ -59,10 +59,20 @@ def read_npz(path, channels_last):
     return found
 
 
+def entry_of(archive, key):
+    """An array of an .npz; some are bytes. ValueError names it."""
+    try:
+        return np.asarray(archive[key])
+    except ValueError as error:
+        raise ValueError(f"{key}: {without_advice(error)}")
+
+
 def without_advice(error):
     """An error's words without NumPy's, to load what may run anything."""
     text = str(error)
-    return "it holds Python objects, no numbers" if "pickle" in text else text
+    if "pickle" in text:
+        return "it holds Python objects: write numbers, or strings, as array.astype(str) is"
+    return text
 
 
 def read_npy(path, channels_last):
@@ -139,6 +149,9 @@ def read_tiff_stack(path):
         with tifffile.TiffFile(path) as tiff:
             alike, left_out = series_of(tiff)
             x, axes = read_series(alike)
+            page = alike[0].keyframe
+            kept = "transparency" if {1, 2} & {*page.extrasamples} else ""
+            kept = "ink" if page.photometric.name == "SEPARATED" else kept
     except Exception as error:
         raise ValueError(f"{path} cannot be read as TIFF ({error})")
     if not {*"YX"} <= {*axes}:
@@ -154,6 +167,8 @@ def read_tiff_stack(path):
                          "needed")
     if left_out:
         print(f"note: {path}: left out {left_out:,} pages that are of another size or kind than the first")
+    if kept:
+        print(f"note: {path}: {kept} is kept as it is, of {x.shape[1]} channels")
     return {"train_images": Raw(x, "first")}
 
 
@@ -171,8 +186,8 @@ def alike(name, images):
 def read_hugging_face(name, decode_image):
     """hf:NAME or hf:NAME:SPLIT, by the package datasets: NAME of the hub, or a folder of yours.
 
-    Images are the column of that kind, and so are classes. decode_image: PIL image -> [H, W] or [H, W, 3].
-    Without SPLIT train and test (or validation) are taken.
+    Images are the first column of that kind, and so are classes. decode_image: PIL image -> [H, W] or
+    [H, W, 3]. Without SPLIT train and test (or validation) are taken, rather one whose classes are known.
     """
     try:
         import datasets
@@ -188,17 +203,27 @@ def read_hugging_face(name, decode_image):
             found = {"train": found[rest[0]]}
     except Exception as error:                           # of the network, the name, the format
         raise ValueError(f"hf:{name} cannot be loaded by datasets ({error})")
-    test = next((split for split in ("test", "validation", "valid") if split in found), None)
     if "train" not in found:
         raise ValueError(f"hf:{name} has no split train but {', '.join(found)}: give hf:{name}:SPLIT")
+    features = found["train"].features
+    of_kind = {}
+    for column, feature in features.items():
+        of_kind.setdefault(type(feature).__name__, column)
+    if "Image" not in of_kind:
+        raise ValueError(f"hf:{name} has no column of images, but {', '.join(features)}")
+    taken = [of_kind[kind] for kind in ("Image", "ClassLabel") if kind in of_kind]
+    rivals = [column for column, feature in features.items()
+              if type(feature).__name__ in ("Image", "ClassLabel") and column not in taken]
+    if rivals:
+        print(f"note: hf:{name}: taken are the columns {' and '.join(taken)}; left out: {', '.join(rivals)}")
+    there = [split for split in ("test", "validation", "valid") if split in found]
+    labels = of_kind.get("ClassLabel")
+    known = [split for split in there if labels is None or min(found[split][labels], default=-1) >= 0]
+    test = next(iter(known or there), None)              # the hub marks classes that are kept secret by -1
     parts = {"train": found["train"]} | ({"test": found[test]} if test else {})
     others = [split for split in found if split not in ("train", test)]
     if others:
         print(f"note: left out of hf:{name}: {', '.join(others)}; hf:{name}:SPLIT takes another one")
-    features = found["train"].features
-    of_kind = {type(feature).__name__: column for column, feature in reversed(features.items())}
-    if "Image" not in of_kind:
-        raise ValueError(f"hf:{name} has no column of images, but {', '.join(features)}")
     arrays = {}
     for split, rows in parts.items():
         images = []

@@ -23,7 +23,8 @@ from .encoder import Encoder
 from .files import atomic_write_text, load_checkpoint, lock_folder
 from .images import digest
 from .processes import broadcast, die, join_process_group, main_process_first, rank, world_size
-from .reading import read_images, say_unused
+from .reading import read_images, say_built_in
+from .sources import BUILT_IN
 from .views import view_for
 
 NOT_TYPED = "encoder", "digest", "numbers", "method", "version"      # what config.json holds beside options
@@ -218,9 +219,9 @@ def read_data(name, views="auto", crop=None, flips="auto", pose=1., noise=1., **
     """The digits, or what read_images finds in a file or folder; with the views that suit it."""
     padding = "zeros"
     try:
-        if name in ("digits", "digits3d"):
-            data = posed_digits(axes=2 if name == "digits" else 3)
-            say_unused(**reading)
+        if name in BUILT_IN:
+            data = posed_digits(axes=BUILT_IN[name])
+            say_built_in(name, **reading)
             views = "poses" if views == "auto" else views
         else:
             data = read_images(name, **reading)

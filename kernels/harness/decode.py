@@ -11,7 +11,9 @@ set: deeper images, any number of channels (TIFF by tifffile), volumes (.npy, NI
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -57,18 +59,26 @@ def look(file, settings):
         array = np.load(file, mmap_mode="r")
         if array.dtype.kind not in "biuf":
             raise ValueError(f"it holds {array.dtype}, no numbers")
-        return Kind(False, array.dtype.name, 1, array.shape, 0)
+        return Kind(False, one_float(array.dtype), 1, array.shape, 0)
     if kind in NIFTI:
         shape = nifti(file).shape
-        return Kind(False, "float32", shape[3] if len(shape) > 3 else 1, shape[:3], 0)
+        return Kind(False, "float32", math.prod(shape[3:]), shape[:3], 0)
     if kind in TIFFS:
         return look_into_tiff(file, settings.pages)
     with Image.open(file) as image:
         return kind_of_image(image)
 
 
+def one_float(dtype):
+    """The name of a kind of number. Floats are one kind, whatever their size: all are kept as float32."""
+    return "float32" if dtype.kind == "f" else dtype.name
+
+
 def kind_of_image(image):
-    """The Kind of what Pillow has open."""
+    """The Kind of what Pillow has open; ValueError if it would read half of its bits."""
+    if any(re.search(";16[BLN]", str(tile[3])) and image.mode[:1] not in "IF" for tile in getattr(image, "tile", ())):
+        raise ValueError(f"a {image.format} of 16 bits a colour, of which Pillow reads 8: write it as TIFF, and "
+                         "give the file")
     frames = getattr(image, "n_frames", 1)
     if image.mode == "F" or image.mode.startswith("I"):
         dtype = {"F": "float32", "I": "int32"}.get(image.mode, "uint16")
@@ -99,7 +109,7 @@ def look_into_tiff(file, pages):
         channels *= samples * (planes if pages == "channels" else 1)
         sides = (count["Y"], count["X"])[::-1 if orientation(page) > 4 else 1]
         sides = (planes, *sides) if pages == "volume" and planes > 1 else ()
-        return Kind(False, page.dtype.name, channels, sides, left_out + (0 if whole else planes - 1))
+        return Kind(False, one_float(page.dtype), channels, sides, left_out + (0 if whole else planes - 1))
 
 
 def series_of(tiff):
@@ -121,6 +131,8 @@ def read_series(alike):
     """Their numbers as one array, and the letters of its axes. Of 8 bits where 0 is white it is turned round,
     as Pillow does; deeper ones keep their numbers, as Pillow leaves them."""
     refuse_gaps([page for series in alike for page in series.pages])
+    if alike[0].keyframe.photometric.name == "PALETTE":
+        raise ValueError("its numbers are those of colours in a palette: write it as RGB")
     x = np.stack([series.asarray() for series in alike]) if len(alike) > 1 else alike[0].asarray()
     if alike[0].keyframe.photometric.name == "MINISWHITE" and x.dtype.name in ("bool", "uint8"):
         x = ~x
@@ -181,8 +193,6 @@ class Surprise(Exception):
 def photograph(data, settings, mode, looked_at=True):
     """-> uint8 [size, size] for mode L or [size, size, 3] for RGB, upright; what is transparent is white; the
     (width, height) it had, and its Kind. Not looked at, it is a Surprise if it is none or of colour for L."""
-    if data[:4] == b"\x89PNG" and data[24:25] == b"\x10" and data[25:26] != b"\x00":
-        raise ValueError("a PNG of 16 bits a colour, of which Pillow reads 8: write it as TIFF")
     with Image.open(BytesIO(data)) as image:
         kind = kind_of_image(image)
         if not looked_at and (not kind.photo or (kind.channels == 3 and mode == "L")):
@@ -207,7 +217,7 @@ def photograph_of(image, settings, mode="RGB"):
 
 def picture_of(image, settings):
     """[size, size] in the image's own numbers, or [size, size, 3] of 8 bits, of one that Pillow has open."""
-    if image.mode == "F" or image.mode.startswith("I"):
+    if not kind_of_image(image).photo:
         return on_canvas(np.asarray(image)[None], settings)[0]
     return photograph_of(image, settings, "L" if image.mode in GRAY else "RGB")
 
@@ -337,8 +347,9 @@ def finished(x, dtype, target):
 
 
 # ---- All files ---------------------------------------------------------------------------------------------
-def for_each(function, things, task):
-    """Yield function(thing), or the exception that it raised, in their order, computed in threads."""
+def for_each(function, things, task, most=32):
+    """Yield function(thing), or the exception that it raised, in their order, computed in threads. most: of
+    the results a thread makes at a time; 1 where they are large."""
     def attempt(thing):
         try:
             return function(thing)
@@ -346,7 +357,7 @@ def for_each(function, things, task):
             return error
 
     threads = os.cpu_count()
-    count = min(32, len(things) // (4 * threads) + 1)    # at a time: threads that often meet are slow
+    count = min(most, len(things) // (4 * threads) + 1)  # at a time: threads that often meet are slow
     parts = (things[first:first + count] for first in range(0, len(things), count))
     bar = tqdm(total=len(things), desc=task, delay=1, unit="file")
     with ThreadPoolExecutor(threads) as pool, bar, warnings.catch_warnings():
@@ -355,7 +366,7 @@ def for_each(function, things, task):
         def begin(most):
             return [pool.submit(lambda part: [*map(attempt, part)], part) for part in islice(parts, most)]
 
-        waiting = deque(begin(4 * threads))              # no more are in memory
+        waiting = deque(begin((4 if most > 1 else 1) * threads))     # no more are in memory
         while waiting:
             results = waiting.popleft().result()
             waiting += begin(1)
@@ -365,10 +376,10 @@ def for_each(function, things, task):
 
 def one_line(error):
     text = " ".join(str(error).split())
-    if "pickle" in text:                                 # NumPy's advice, to load what may run anything
-        return "it holds Python objects or is no .npy file"
     if isinstance(error, UnidentifiedImageError):
         return "cannot identify image file"              # Pillow goes on with a name or an address in memory
+    if "pickle" in text and not isinstance(error, OSError):
+        return "it holds Python objects or is no .npy file"          # not NumPy's advice, to run it
     return text.replace("<_io.BytesIO object", "the file").split(" at 0x")[0] or type(error).__name__
 
 
@@ -415,15 +426,27 @@ def aim(kinds, settings, files):
     return target
 
 
+def at_a_time(target):
+    """How many files of it a thread decodes at a time: one, if they are large."""
+    return max(1, min(32, 2**22 // math.prod(target["shape"])))
+
+
+def some_of(x, most=2**20):
+    """At most so many of an array's numbers, at random, the same ones at each call; 1-D."""
+    if x.size <= most:
+        return x.ravel()
+    return x.ravel()[np.random.default_rng(0).integers(x.size, size=most)]
+
+
 def ranges_by_kind(files, kinds, settings, target, wanted_range):
     """{kind of number: (low, high)}, each of up to 50 files."""
     ranges = {}
     plain = target | {"ranges": None, "dtype": "float32"}
     for dtype in target["ranges"]:
         own = [pair for pair in zip(files, kinds) if pair[1] and pair[1].dtype == dtype]
-        spread = own[::max(1, len(own) // 50)]
-        found = for_each(partial(decode, settings=settings, target=plain), spread, "sampling")
-        sample = [x.ravel() for x, _ in (result for result in found if not isinstance(result, Exception))]
+        spread = own[::-(-len(own) // 50)]
+        found = for_each(partial(decode, settings=settings, target=plain), spread, "sampling", at_a_time(target))
+        sample = [some_of(result[0]) for result in found if not isinstance(result, Exception)]
         if not sample:
             continue
         sample = np.concatenate(sample)
@@ -444,15 +467,19 @@ def kind_of(entry):
 
 
 def marks_of(files):
-    """What changes if a file does: where it lies, links resolved, its size and time."""
+    """What changes if a file does: where it lies, links resolved, its number on the disk, which goes with it if
+    it changes places with another one, its size and time. Of a link to nothing its own."""
     resolved = cache(os.path.realpath)                   # of folders, of which many files are
     marks = []
     for file in files:
         name = os.fspath(file)
         folder, own = os.path.split(name)
         place = os.path.realpath(name) if os.path.islink(name) else os.path.join(resolved(folder), own)
-        status = os.stat(name)
-        marks.append(f"{os.fsencode(place).hex()} {status.st_size} {status.st_mtime_ns}")
+        try:
+            status = os.stat(name)
+        except OSError:
+            status = os.lstat(name)
+        marks.append(f"{os.fsencode(place).hex()} {status.st_ino} {status.st_size} {status.st_mtime_ns}")
     return marks
 
 
@@ -541,9 +568,9 @@ def opens(file):
 
 
 def no_entry(error):
-    """The entry of a file that could not be read. passing: by no fault of its own, it seems, but of rights or
-    the disk; it is tried again once it opens."""
-    passing = isinstance(error, OSError) and error.errno is not None
+    """The entry of a file that could not be read. passing: by no fault of its own, it seems, but of rights,
+    the disk or memory; it is tried again once it opens."""
+    passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
     return {"kind": None, "row": None, "reason": one_line(error), "passing": passing}
 
 
@@ -606,7 +633,7 @@ def write(path, marks, made_by, target, entries, pairs, settings, before=(), old
 
     pairs: (file, kind) of those that are to be decoded; before: entries whose rows are taken from `old`.
     """
-    results = for_each(partial(decode, settings=settings, target=target), pairs, "decoding")
+    results = for_each(partial(decode, settings=settings, target=target), pairs, "decoding", at_a_time(target))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".decoding-", dir=path.parent) as scratch:    # gone if this ends early
@@ -615,6 +642,9 @@ def write(path, marks, made_by, target, entries, pairs, settings, before=(), old
                 write_rows(out, marks, entries, before, old, results, target)
             if old is not None:
                 old._mmap.close()                        # Windows replaces no file that is mapped
+            there = read_index(path.with_suffix(".json"))
+            if there and {*marks} <= there["entries"].keys():
+                return there                             # another start's, on which it may be at work
             part.replace(path)
             found = made_by | {"target": target, "entries": entries}
             text = Path(scratch, "index.json")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .arrays import Raw, read_tiff_stack
-from .decode import Settings, for_each, one_line
+from .decode import Settings, at_a_time, for_each, one_line
 from .digits import posed_digits
 from .files import atomic_write, atomic_write_text, write_npy_header
 from .folders import all_files, left_out, taken
@@ -79,7 +79,7 @@ def open_data(name, prepare):
     """Of any --data, or one image file; ValueError or OSError if it cannot be read."""
     path = Path(name)
     if name in BUILT_IN:
-        data = posed_digits(axes=2 if name == "digits" else 3)
+        data = posed_digits(axes=BUILT_IN[name])
         sets = {"train_images": data.images, "test_images": data.test_images}
         return rows_of({key: Raw(x.numpy(), "first") for key, x in sets.items()}, prepare)
     if path.is_file() and ending(path) in (*IMAGES, *NIFTI):
@@ -97,7 +97,7 @@ def open_data(name, prepare):
 @torch.inference_mode()
 def embed(encoder, prepare, names, read, device="cpu", batch=256):
     """Yield (rows, features [n, E] on the CPU, [(name, reason)] of those that cannot be read), in order."""
-    results = for_each(read, range(len(names)), "embedding")
+    results = for_each(read, range(len(names)), "embedding", at_a_time(prepare.target))
     for first in range(0, len(names), batch):
         rows, arrays, skipped = [], [], []
         for row, result in enumerate(islice(results, batch), first):

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -10,34 +11,43 @@ from .sources import IMAGES, NIFTI, ending
 
 TRAIN = "train", "training"
 TEST = "test", "testing", "val", "valid", "validation"       # the first of them that is there
+SPLITS = re.compile(rf"({'|'.join([*TRAIN, *TEST, 'dev'])})[-_]?\d*", re.IGNORECASE)    # val2017
 
 
 # ---- Which files -------------------------------------------------------------------------------------------
 def all_files(folder):
-    """Every file below the folder, sorted; links are followed, hidden ones and pipes are not. Folders that
-    may not be read, and what runs wrote, are named."""
+    """Every file below the folder, sorted; links are followed, also those to nothing, which cannot be read;
+    hidden ones and pipes are not. Folders that may not be read, what runs wrote, and links to folders that are
+    read already, are named."""
     files = []
     seen = set()
-    of_runs = []
+    of_runs, again = [], []
+    waiting = [str(folder)]                                  # itself, then links to folders: real ones first
 
     def name(error):
         print(f"note: left out {error.filename}: {error.strerror}")
 
-    for root, folders, names in os.walk(folder, onerror=name, followlinks=True):
-        if Path(root).resolve() in seen:                     # a link back to where we came from
-            folders.clear()
+    while waiting:
+        start = waiting.pop(0)
+        if Path(start).resolve() in seen:                    # also a link back to where it lies
+            again.append(start)
             continue
-        seen.add(Path(root).resolve())
-        if root != str(folder) and written_by_runs(root, names):
-            of_runs.append(root)
-            folders.clear()
-            continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        folders.sort(key=lambda name: (os.path.islink(Path(root, name)), name))      # the same on any disk
-        files += [Path(root, name) for name in names if not name.startswith(".")]
+        for root, folders, names in os.walk(start, onerror=name):
+            of_run = root != str(folder) and written_by_runs(root, names)
+            if of_run or Path(root).resolve() in seen:
+                of_runs += [root] * of_run
+                folders.clear()
+                continue
+            seen.add(Path(root).resolve())
+            below = sorted(Path(root, name) for name in folders if not name.startswith("."))
+            waiting += [str(path) for path in below if path.is_symlink()]
+            folders[:] = [path.name for path in below if not path.is_symlink()]
+            files += [Path(root, name) for name in names if not name.startswith(".")]
     if of_runs:
         print(f"note: left out {len(of_runs)} folders that runs wrote, as {of_runs[0]}")
-    files = [file for file in files if file.is_file()]       # nobody may ever write into a pipe
+    if again:
+        print(f"note: left out {len(again)} links to folders that are read where they lie, as {again[0]}")
+    files = [file for file in files if file.is_file() or not file.exists()]      # nobody may ever write into a pipe
     return sorted(files, key=lambda file: file.parts)
 
 
@@ -103,6 +113,8 @@ def by_folder(files, folder):
         deep = max(depths, default=0) > 2
         reason = f"images lie up to {max(depths)} levels deep" if deep else f"{few} holds images"
         return None, reason
+    if all(map(SPLITS.fullmatch, classes)):
+        return None, f"{' and '.join(sorted(classes))} are parts of a set, of which one must be called train"
     strays = names.count(None)
     if strays > len(files) / 10:
         return None, f"{strays:,} of {len(files):,} images lie beside or below the class folders"
@@ -179,6 +191,9 @@ def by_table(files, folder, table):
                          "class, and may name group")
     known = {}
     for row in rows:
+        if any(row[len(heads):]):
+            raise ValueError(f"--labels {table}: the row {','.join(row)} has more cells than the first line: put "
+                             "between quotes what holds a comma")
         row = {name: row[k] if k is not None and k < len(row) else "" for name, k in places.items()}
         if row["file"]:
             name = same_name(row["file"])

@@ -6,6 +6,7 @@
 Arrays that lie on disk stay there, and nothing makes a float copy of a whole set. Needs numpy and tqdm beside
 torch.
 """
+import math
 import zlib
 from collections import namedtuple
 
@@ -103,8 +104,9 @@ def digest(data):
     resumed run finds its own, and whether two runs' accuracies are of one test."""
     mark = zlib.crc32("\n".join(map(str, data.classes)).encode(errors="replace"))
     for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
-        looked_at = images[sample_rows(len(images), 100)]
-        mark = zlib.crc32(looked_at.numpy().tobytes(), mark ^ len(images))
+        mark ^= len(images)
+        for part in in_parts(images, sample_rows(len(images), 100)):
+            mark = zlib.crc32(images[part].numpy().tobytes(), mark)
         if labels is not None:
             mark = zlib.crc32(labels.numpy().tobytes(), mark)
     return mark
@@ -168,23 +170,34 @@ def some_numbers(images, most):
     each = images[:1].numel()
     rows = sample_rows(len(images), min(4000, max(100, most // each)))
     step = max(1, each * len(rows) // most)
-    parts = [images.numbers(part).ravel()[::step] for part in rows.split(256)]
+    while math.gcd(step, each) > 1:                                  # else of some columns alone
+        step += 1
+    parts = [images.numbers(part).ravel()[::step] for part in in_parts(images, rows)]
     return np.concatenate(parts)
 
 
-def tell_of_dark(name, images, low, high):
-    """A note where most images leave most of the range to a few."""
+def tell_of_unused(name, images, low, high):
+    """A note where most of the range serves a few images, or one number that may stand for no data."""
     each = images[:1].numel()
     places = np.random.default_rng(0).integers(each, size=10_000)
-    brightest = []
-    for row in sample_rows(len(images), 50).split(1):
-        some = images.numbers(row).ravel()[places]
-        brightest.append(np.percentile(some.astype(np.float64), 99.9))
-    middle = float(np.median(brightest))
+    rows = sample_rows(len(images), 50).split(1)
+    some = np.stack([images.numbers(row).ravel()[places].astype(np.float64) for row in rows])
+    some = some.clip(low, high)
+    middle = float(np.median(np.percentile(some, 99.9, axis=1)))
+    sorted_all = np.percentile(some, np.linspace(0, 100, 1001))
+    gap = np.diff(sorted_all).argmax()
+    start, end = sorted_all[gap:gap + 2]
+    several = len(np.unique(sorted_all)) > 2                         # else a mask's two
+    found = None
     if middle < low + (high - low) / 5:
         share = (middle - low) / (high - low)
-        print(f"note: {name}: half of the images stay below {middle:,.6g}, {share:.0%} of the range "
-              f"{low:,.6g} to {high:,.6g}, which few others fill; --range LOW HIGH decides otherwise")
+        found = (f"half of the images stay below {middle:,.6g}, {share:.0%} of the range {low:,.6g} to "
+                 f"{high:,.6g}, which few others fill; --range LOW HIGH decides otherwise")
+    elif end - start > .6 * (high - low) and several:
+        found = (f"next to no pixel lies between {start:,.6g} and {end:,.6g}, most of the range {low:,.6g} to "
+                 f"{high:,.6g}: if one end of it stands for no data, --range LOW HIGH leaves it out")
+    if found:
+        print(f"note: {name}: {found}")
 
 
 def to_unit(name, found, wanted=None, kind=None):
@@ -214,7 +227,7 @@ def to_unit(name, found, wanted=None, kind=None):
     except ValueError as error:
         raise ValueError(f"{name}: {error}")
     if not wanted:
-        tell_of_dark(name, plain["train_images"], low, high)
+        tell_of_unused(name, plain["train_images"], low, high)
     outside = float(((sample < low) | (sample > high)).mean())
     scaled = {key: tensor_or_images(Images(raw, low, high), outside) for key, raw in sets.items()}
     numbers = {"dtype": str(kind or dtype), "low": low, "high": high, "rule": rule, "outside": outside}
@@ -228,7 +241,8 @@ def tensor_or_images(images, outside):
     as_they_are = array.dtype.kind == "f" and (images.low, images.high) == (0, 1) and not outside
     if isinstance(array, np.memmap) or not (images.plain or as_they_are):
         return images
-    x = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    known = array.dtype.itemsize <= 8                                # else torch knows no such number
+    x = torch.from_numpy(array.astype(array.dtype.newbyteorder("=") if known else np.float32, copy=False))
     if x.dtype != torch.uint8:
         x = x.float()
     if images.raw.channels is None:

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 
 from . import arrays, folders
 from .decode import Kind, Settings, decode_all, picture_of
-from .images import Data, choose, in_words, sample_rows, to_unit
+from .images import Data, choose, in_parts, in_words, sample_rows, to_unit
 from .prepare import Prepare, prepare_arrays
 from .sources import IDX, IMAGES, TIFFS, ending, problem
 
@@ -24,9 +24,10 @@ def class_of_each(name, y, count):
     """Labels as they come, [N], [N, 1] or one-hot [N, K] -> [N] whole numbers or strings."""
     one_hot = y.ndim == 2 and y.shape[1] > 1 and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all()
     y = y.argmax(1) if one_hot else y
-    if y.dtype.kind == "f" and (y == y.round()).all():
+    y = np.char.decode(y, "utf-8", "replace") if y.dtype.kind == "S" else y
+    if y.dtype.kind == "f" and np.isfinite(y).all() and (y == y.round()).all():
         y = y.astype(np.int64)
-    if y.size != count or y.dtype.kind not in "iubUS" or (y.dtype.kind == "i" and y.min() < 0):
+    if y.size != count or y.dtype.kind not in "iubU" or (y.dtype.kind == "i" and y.min() < 0):
         raise ValueError(f"{name} is {y.dtype} {[*y.shape]} for {count} images: not one class each (whole "
                          "numbers from 0, strings, or one-hot); take it out to train without labels")
     return y.ravel()
@@ -215,6 +216,9 @@ def read_folder(path, settings, channels_last, wanted_range, labels, strict):
     images = found["train_images"]
 
     sides = two_sides(set_classes(files, path, labels), path)
+    if not sides[0]:
+        raise ValueError(f"{path}: no image of {folders.splits(path)[0].name}/ is left for training, "
+                         f"{len(sides[1]):,} for testing")
     result = {}
     for split, side in zip(("train", "test"), sides):
         rows = [file.entry["row"] for file in side]
@@ -271,6 +275,13 @@ def say_unused(size=64, fit="crop", channels_last=False, pages="auto", labels="a
         print(f"note: {', '.join(option for option in given if given[option])}: without effect on these data")
 
 
+def say_built_in(name, **options):
+    """Notes on what the user may have thought that a built-in set is."""
+    if Path(name).exists():
+        print(f"note: {name} are those built in; the file or folder of this name is ./{name}")
+    say_unused(**options)
+
+
 # ---- Public ------------------------------------------------------------------------------------------------
 def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", value_range=None, labels="auto",
                 strict=False):
@@ -310,7 +321,9 @@ def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", va
     by_folder = "files" in more
     if y is not None:
         y = class_of_each(f"{name}: train_labels", y, len(x))
-    if y_test is not None and x_test is not None:
+    if y_test is not None and x_test is None:
+        print(f"note: {name} has test_labels but no test_images: they are left out")
+    elif y_test is not None:
         y_test = class_of_each(f"{name}: test_labels", y_test, len(x_test))
 
     if x_test is None:
@@ -327,8 +340,8 @@ def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", va
         y, y_test, classes = number_classes(name, y, y_test)
 
     looked_at = sample_rows(len(x), 100)
-    shown = x[looked_at].flatten(1)
-    flat = shown.amax(1) == shown.amin(1)
+    shown = (x[part].flatten(1) for part in in_parts(x, looked_at))
+    flat = torch.cat([part.amax(1) == part.amin(1) for part in shown])
     if flat.all():
         raise ValueError(f"{name}: of {len(flat)} images looked at each is of one value throughout")
     if flat.any():

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-BUILT_IN = "digits", "digits3d"
+BUILT_IN = {"digits": 2, "digits3d": 3}                  # axes of their images
 IMAGES = set(".jpg .jpeg .png .bmp .gif .tif .tiff .webp".split())
 TIFFS = ".tif", ".tiff"
 NIFTI = ".nii", ".nii.gz"
