@@ -65,17 +65,18 @@ class BatchFusion(nn.Module):
     keep_slots: image i is channel i in every call; otherwise each call deals the images to the channels anew.
 
     Call it for each view by itself, leave out an incomplete last batch, and use the encoder alone in the end:
-    eval() changes nothing. ValueError for another mixing, one image, two with patches of one pixel, no
-    layers, another B or rank of x, a side that `patch` does not divide.
+    eval() changes nothing. ValueError for another mixing, one image, two with patches of one pixel or mixup,
+    no layers, another B or rank of x, a side that `patch` does not divide.
     """
 
     def __init__(self, batch, patch=4, layers=2, share=0.2, mixing="conv", keep_slots=False, axes=2):
         super().__init__()
         if mixing not in ("conv", "random", "grouped", "mixup"):
             raise ValueError(f"mixing {mixing!r} is none of conv, random, grouped, mixup")
-        if batch < 2 or layers < 1 or batch * patch == 2:            # of two single pixels nothing is left
-            raise ValueError(f"batch {batch}, layers {layers}, patch {patch}: two images and a layer; "
-                             "of two images, patches above one pixel")
+        few = batch == 2 and (patch == 1 or mixing == "mixup")       # less the own image nothing is left
+        if batch < 2 or layers < 1 or few:
+            raise ValueError(f"batch {batch}, layers {layers}, patch {patch}: two images and a layer; of "
+                             "patches of one pixel, or for mixup, three images")
         self.batch = batch
         self.patch = patch
         self.share = share
@@ -128,7 +129,7 @@ class BatchFusion(nn.Module):
         return mixed * (rms(x) / rms(mixed))
 
     def forward(self, x):
-        divisible = all(side % self.patch == 0 for side in x.shape[2:])
+        divisible = self.mixing == "mixup" or all(side % self.patch == 0 for side in x.shape[2:])
         if x.ndim != 2 + self.axes or len(x) != self.batch or not divisible:
             raise ValueError(f"views are {[*x.shape]}, but must be [B, C, {'D, ' * (self.axes == 3)}H, W], "
                              f"B = {self.batch} and sides divisible by {self.patch}: drop what is left over")
@@ -299,8 +300,7 @@ def train(model, optimizer, data, run, meters):
             optimizer.step()
             schedule.step()
         model.eval()
-        measured = {"meters": meters(model)}
-        run.end_epoch(measured | (quick_probe(model, data) if run.probing() else {}))
+        run.end_epoch({"meters": meters(model)} | (quick_probe(model, data) if run.probing() else {}))
 
 
 # ---- Does it mix? Does it cheat? ---------------------------------------------------------------------------
@@ -386,24 +386,27 @@ def main():
     args, state = parse(parser)
     if not args.projector and args.loss != "icone":
         die(f"--projector none is for --loss icone: give {args.loss} sizes, as 512-128")
-    of_fusion = typed() & {"--layers", "--patch", "--share", "--mixing", "--both", "--keep-slots"}
-    if args.no_fusion and of_fusion:
-        die(f"--no-fusion has no {', '.join(sorted(of_fusion))}: leave out either")
+    unused = typed() & {"--layers", "--patch", "--share", "--mixing", "--both", "--keep-slots"}
+    if not args.no_fusion:
+        unused &= {"--layers", "--patch"} if args.mixing == "mixup" else set()
+    if args.loss != "simclr":
+        unused |= typed() & {"--temperature"}
+    if unused:
+        die(f"{', '.join(unused)}: no effect under --no-fusion, mixup, --loss {args.loss}: leave out either")
     data = load_data(args)
     canvas = data.images.shape[2:]
     own = args.batch // world_size()                             # a process fuses its own images
-    if not args.no_fusion:
-        if any(side % args.patch for side in canvas):
-            die(f"--patch {args.patch} does not divide the canvas {[*canvas]}: choose another")
-        if own < 2 or own * args.patch == 2:                     # of two single pixels nothing is left
-            die(f"--batch {args.batch} leaves each process too few to mix: give a larger one, or --patch")
     encoder = make_encoder(args, data)
-    folder = open_folder(args, state)
-
     fusion = None
     if not args.no_fusion:
-        fusion = BatchFusion(own, patch=args.patch, layers=args.layers, share=args.share, mixing=args.mixing,
-                             keep_slots=args.keep_slots, axes=len(canvas))
+        if args.mixing != "mixup" and any(side % args.patch for side in canvas):
+            die(f"--patch {args.patch} does not divide the canvas {[*canvas]}: choose another")
+        try:
+            fusion = BatchFusion(own, args.patch, args.layers, args.share, args.mixing, args.keep_slots,
+                                 axes=len(canvas))
+        except ValueError as error:
+            die(f"--batch {args.batch} leaves each process too few to mix: {error}")
+    folder = open_folder(args, state)
     model = BASSL(encoder, encoder.features, fusion, both=args.both, loss=args.loss,
                   projector=args.projector, count=len(data.images), temperature=args.temperature,
                   seed=args.seed)
@@ -419,8 +422,7 @@ def main():
     sample = pixels(data.images, fixed_order(len(data.images))[:own], args.device)
 
     def meters(model):
-        mixing = mixing_meters(fusion, sample) if fusion else {}
-        return mixing | noise_meters(model, sample.shape)
+        return (mixing_meters(fusion, sample) if fusion else {}) | noise_meters(model, sample.shape)
 
     train(model, optimizer, data, run, meters)
     more_probes = {}

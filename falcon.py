@@ -335,7 +335,7 @@ def report_collapses(model, data, history, args, folder):
     model.eval()
     probed = limited(data)
     z = embed(model, probed.test_images)
-    W = model.dictionary.vectors()
+    W = model.dictionary.vectors().detach()
     meters = {"loss": history[-1]["loss"]}
     meters |= collapse_meters(z, W, model.temperature, (10, 20, 50, 100, 200), samples=10_000)
     values = loss_values(args.batch, args.codes, meters["codes"], args.beta, args.eps, args.prior)
@@ -345,9 +345,10 @@ def report_collapses(model, data, history, args, folder):
         meters["NMI of a random assignment"] = normalized_mutual_info_score(        # into clusters as large
             probed.test_labels, code[fixed_order(len(code))])
         meters["AMI"] = adjusted_mutual_info_score(probed.test_labels, code)
-    for title, numbers in {"\ntest images": meters, "least loss": values}.items():
+    for title, numbers in {"\ntest images": meters, "least loss at temperature 1": values}.items():
         print(f"{title}:", "; ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
-    atomic_write_text(folder / "meters.json", json.dumps({**meters, "least loss": values}, indent=1))
+    atomic_write_text(folder / "meters.json", json.dumps(
+        {**meters, "least loss at temperature 1": values}, indent=1))
     plot_meters(history, args.codes, values, z, folder)
 
 

@@ -43,12 +43,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from kernels import bank_logsumexp, bank_repulsion, unit_rows
 from kernels.harness.cli import (bounded, layer_sizes_or_none, load_data, make_encoder, open_folder, options,
-                                 parse)
+                                 parse, typed)
 from kernels.harness.encoder import Encoder                          # to be found here too
 from kernels.harness.images import fixed_order, in_parts, pixels
 from kernels.harness.order import through_window
 from kernels.harness.probes import begin, quick_probe, report
-from kernels.harness.processes import gather, launch
+from kernels.harness.processes import die, gather, launch
 from kernels.harness.run import Run
 from kernels.harness.views import two_views
 
@@ -146,8 +146,7 @@ class IConE(nn.Module):
 
     @torch.no_grad()
     def start_table(self, images, table_init="visit"):
-        """Rows start at centred embeddings of images [N, C, *S] ("encoder", "visit") or at random ("normal").
-        """
+        """Rows start at centred embeddings of images [N, C, *S] ("encoder", "visit") or random ("normal")."""
         self.known.fill_(table_init != "visit")
         self.eval()
         for rows in in_parts(images):
@@ -264,6 +263,8 @@ def main():
     add("--window", type=bounded(int, 0), default=400, help="images to draw steps from; 0: all shuffled")
     add("--bank", type=bounded(int, 3), default=2048, help="of so many visits back rows push those of a step")
     args, state = parse(parser)
+    if args.diversity == "relu2" and "--temperature" in typed():
+        die("--temperature is of --diversity logsumexp: leave it out")
     data = load_data(args)
     encoder = make_encoder(args, data)
     folder = open_folder(args, state)

@@ -17,8 +17,9 @@ random encoder 0.307 ± 0.042, 0.222 ± 0.018) in 34 to 124 s on 2 cores of an A
 
 Deviations from the paper: (1) s is divided by D and v halved, as in the released code. (2) Small encoder with
 GroupNorm, projector of two layers of 512 (paper: ResNet-50, three of 8192). (3) AdamW, cosine schedule,
-weight decay 0.05, batch 128 (paper: LARS, batch 2048). (4) Views differ by pose, light and noise, which suit
-digits and volumes (paper: crops, blur, solarisation). (5) The loss is computed in fp32 also under --amp.
+weight decay 0.05 of all weights, batch 128 (paper: LARS, no decay of biases and norms, batch 2048). (4) Views
+differ by pose, light and noise, which suit digits and volumes (paper: crops, blur, solarisation). (5) The
+loss is computed in fp32 also under --amp.
 """
 if __name__ == "__main__":
     import kernels.harness.start                                     # before torch: see there

@@ -239,6 +239,10 @@ def test_an_index_of_the_wrong_length_is_refused_and_named():
 
 def test_two_images_of_single_pixel_patches_are_refused():
     """Their patches are one number each, of opposite sign: less its own image, nothing of the mixture is left."""
+    with pytest.raises(ValueError, match="for mixup, three images"):
+        ba_ssl.BatchFusion(2, mixing="mixup")
+    x = torch.rand(3, 1, 10, 10)                         # mixup has no patches that have to divide it
+    assert not torch.equal(ba_ssl.BatchFusion(3, mixing="mixup")(x), x)
     with pytest.raises(ValueError, match="batch 2, layers 1, patch 1"):
         ba_ssl.BatchFusion(2, patch=1, layers=1)
     x = torch.rand(2, 1, 4, 4)

@@ -351,6 +351,14 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(run):
     assert state["schedule"]["last_epoch"] > 0
 
 
+@command(f"{SMALL} --lr 1e20 --batch 16 --epochs 1", scripts=ALL, slow=["icone.py", "ba_ssl.py"])
+def test_features_that_are_not_finite_end_the_run_in_one_line(run):
+    """One step, whose weights are large, and finite."""
+    assert run.returncode == 2
+    *_, bar, line, nothing = run.stderr.split("\n")
+    assert re.fullmatch(f"{run.script}: .* not finite.*: start anew, with a lower --lr", line) and nothing == ""
+
+
 @command(f"{SMALL} --lr 1e30", scripts=ALL)
 def test_a_loss_that_is_not_finite_stops_the_run(run):
     assert run.returncode == 2

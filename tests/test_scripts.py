@@ -59,7 +59,7 @@ def test_falcon_logs_its_terms_and_the_meters_of_four_collapses(run):
     assert set(line["meters"]) < set(meters)
     assert 0 < meters["NMI of a random assignment"] < meters["NMI"] < 1
     assert "AMI" in run.stdout
-    assert "least loss: representation collapse, log c 8.32" in run.stdout
+    assert "least loss at temperature 1: representation collapse, log c 8.32" in run.stdout
     assert line["beta"] == pytest.approx(23 / 44)                        # it rises from 1/22 to 1, mean of the epoch
 
 

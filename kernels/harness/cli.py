@@ -44,8 +44,8 @@ def bounded(kind, low, high=math.inf):
 
 
 def layer_sizes(text):
-    """512-512 -> [512, 512]."""
-    return [bounded(int, 1, 2**20)(size) for size in text.split("-")]
+    """512-512 -> [512, 512]; 2 at least, since a norm makes one number 0."""
+    return [bounded(int, 2, 2**20)(size) for size in text.split("-")]
 
 
 def layer_sizes_or_none(text):
@@ -123,8 +123,9 @@ def options(method, description, batch, epochs, lr, least_batch=1):
     add("--seed", type=bounded(int, 0, 2**63), default=0, help="of weights, order and views; not of the data")
 
     add = parser.add_argument_group("encoder").add_argument
-    add("--width", type=bounded(int, 1, 10_000), default=16,
-        help="channels of the encoder's stem; features are 8 x this")
+    add("--width", type=bounded(int, 3, 10_000), default=16,
+        help="channels of the encoder's stem, 3 at least, or of small canvases a norm would see one number; "
+        "features are 8 x this")
     add("--depth", type=bounded(int, 1, 1000), default=1, help="residual blocks in each of three stages")
     add("--init", type=filled,
         help="a run's folder or encoder.pt: start from its encoder; --width and --depth are its own then")

@@ -76,9 +76,10 @@ def one_float(dtype):
 
 def kind_of_image(image):
     """The Kind of what Pillow has open; ValueError if it would read half of its bits."""
-    if any(re.search(";16[BLN]", str(tile[3])) and image.mode[:1] not in "IF" for tile in getattr(image, "tile", ())):
-        raise ValueError(f"a {image.format} of 16 bits a colour, of which Pillow reads 8: write it as TIFF, and "
-                         "give the file")
+    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    if image.mode[:1] not in "IF" and re.search(";16[BLN]", " ".join(raw_modes)):
+        raise ValueError(f"a {image.format} of 16 bits a colour, of which Pillow reads 8: write it as TIFF, "
+                         "and give the file")
     frames = getattr(image, "n_frames", 1)
     if image.mode == "F" or image.mode.startswith("I"):
         dtype = {"F": "float32", "I": "int32"}.get(image.mode, "uint16")
@@ -445,7 +446,8 @@ def ranges_by_kind(files, kinds, settings, target, wanted_range):
     for dtype in target["ranges"]:
         own = [pair for pair in zip(files, kinds) if pair[1] and pair[1].dtype == dtype]
         spread = own[::-(-len(own) // 50)]
-        found = for_each(partial(decode, settings=settings, target=plain), spread, "sampling", at_a_time(target))
+        read = partial(decode, settings=settings, target=plain)
+        found = for_each(read, spread, "sampling", at_a_time(target))
         sample = [some_of(result[0]) for result in found if not isinstance(result, Exception)]
         if not sample:
             continue
@@ -467,8 +469,8 @@ def kind_of(entry):
 
 
 def marks_of(files):
-    """What changes if a file does: where it lies, links resolved, its number on the disk, which goes with it if
-    it changes places with another one, its size and time. Of a link to nothing its own."""
+    """What changes if a file does: where it lies, links resolved, its number on the disk, which goes with it
+    if it changes places with another one, its size and time. Of a link to nothing its own."""
     resolved = cache(os.path.realpath)                   # of folders, of which many files are
     marks = []
     for file in files:
@@ -633,7 +635,8 @@ def write(path, marks, made_by, target, entries, pairs, settings, before=(), old
 
     pairs: (file, kind) of those that are to be decoded; before: entries whose rows are taken from `old`.
     """
-    results = for_each(partial(decode, settings=settings, target=target), pairs, "decoding", at_a_time(target))
+    read = partial(decode, settings=settings, target=target)
+    results = for_each(read, pairs, "decoding", at_a_time(target))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".decoding-", dir=path.parent) as scratch:    # gone if this ends early

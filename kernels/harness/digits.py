@@ -19,8 +19,8 @@ POSES = {
 def posed_digits(axes):
     """1,797 digits as Data, the same ones whatever the run's seed: 1,437 train; 360 test, in four poses each.
 
-    axes=2: float32 [N, 1, 20, 20]. axes=3: slabs two voxels thick in [N, 1, 16, 16, 16]. Noise of std 0.1 is
-    added last, so that values leave [0, 1].
+    axes=2: float32 [N, 1, 20, 20]. axes=3: slabs two to three voxels thick in [N, 1, 16, 16, 16]. Noise of
+    std 0.1 is added last, so that values leave [0, 1].
     """
     digits = load_digits()
     labels = digits.target

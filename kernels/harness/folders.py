@@ -17,8 +17,8 @@ SPLITS = re.compile(rf"({'|'.join([*TRAIN, *TEST, 'dev'])})[-_]?\d*", re.IGNOREC
 # ---- Which files -------------------------------------------------------------------------------------------
 def all_files(folder):
     """Every file below the folder, sorted; links are followed, also those to nothing, which cannot be read;
-    hidden ones and pipes are not. Folders that may not be read, what runs wrote, and links to folders that are
-    read already, are named."""
+    hidden ones and pipes are not. Folders that may not be read, what runs wrote, and links to folders that
+    are read already, are named."""
     files = []
     seen = set()
     of_runs, again = [], []
@@ -47,7 +47,8 @@ def all_files(folder):
         print(f"note: left out {len(of_runs)} folders that runs wrote, as {of_runs[0]}")
     if again:
         print(f"note: left out {len(again)} links to folders that are read where they lie, as {again[0]}")
-    files = [file for file in files if file.is_file() or not file.exists()]      # nobody may ever write into a pipe
+    # Nobody may ever write into a pipe.
+    files = [file for file in files if file.is_file() or not file.exists()]
     return sorted(files, key=lambda file: file.parts)
 
 
@@ -192,8 +193,8 @@ def by_table(files, folder, table):
     known = {}
     for row in rows:
         if any(row[len(heads):]):
-            raise ValueError(f"--labels {table}: the row {','.join(row)} has more cells than the first line: put "
-                             "between quotes what holds a comma")
+            raise ValueError(f"--labels {table}: the row {','.join(row)} has more cells than the first line: "
+                             "put between quotes what holds a comma")
         row = {name: row[k] if k is not None and k < len(row) else "" for name, k in places.items()}
         if row["file"]:
             name = same_name(row["file"])

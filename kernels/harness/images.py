@@ -112,17 +112,25 @@ def digest(data):
     return mark
 
 
+class NotFinite(ValueError):
+    """Weights or features are no numbers any more."""
+
+
 @torch.no_grad()
 def encode(function, images, rows=None, device=None, axis=0):
     """function(batch [n, C, *S]) of all images, or of these rows: its results, joined at axis.
 
-    device: where batches are; if not given, where the weights of a module are, or on the CPU.
+    device: where batches are; if not given, where the weights of a module are, or on the CPU. NotFinite if a
+    result is NaN or infinite.
     """
     if device is None:
         weights = function.parameters() if isinstance(function, torch.nn.Module) else ()
         device = next((weight.device for weight in weights), "cpu")
     parts = [function(pixels(images, part, device)) for part in in_parts(images, rows)]
-    return torch.cat(parts, axis)
+    found = torch.cat(parts, axis)
+    if not found.isfinite().all():
+        raise NotFinite("features are not finite: start anew, with a lower --lr")
+    return found
 
 
 def limited(data, most=10_000):
@@ -194,8 +202,8 @@ def tell_of_unused(name, images, low, high):
         found = (f"half of the images stay below {middle:,.6g}, {share:.0%} of the range {low:,.6g} to "
                  f"{high:,.6g}, which few others fill; --range LOW HIGH decides otherwise")
     elif end - start > .6 * (high - low) and several:
-        found = (f"next to no pixel lies between {start:,.6g} and {end:,.6g}, most of the range {low:,.6g} to "
-                 f"{high:,.6g}: if one end of it stands for no data, --range LOW HIGH leaves it out")
+        found = (f"next to no pixel lies between {start:,.6g} and {end:,.6g}, most of the range {low:,.6g} "
+                 f"to {high:,.6g}: if one end of it stands for no data, --range LOW HIGH leaves it out")
     if found:
         print(f"note: {name}: {found}")
 

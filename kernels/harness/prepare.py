@@ -162,8 +162,8 @@ class Prepare:
                              "channels; several are given as a list")
         dtype = self.own_float(x.dtype.name)
         if self.layout != "first" and x.ndim > axes and x.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"it is {x.dtype} {[*x.shape]}: channels come last, 1, 3 or 4 of them; several images "
-                             "are given as a list")
+            raise ValueError(f"it is {x.dtype} {[*x.shape]}: channels come last, 1, 3 or 4 of them; several "
+                             "images are given as a list")
         if dtype == "uint8" and self.target["photo"]:
             flat = x.ndim == 3 and x.shape[2] == 1
             return self.from_image(Image.fromarray(x[..., 0] if flat else x))

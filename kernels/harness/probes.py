@@ -38,10 +38,6 @@ def small_pixels(x):
     return F.interpolate(x, sides, mode="area").flatten(1)
 
 
-def finite(*features):
-    return all(h.isfinite().all() for h in features)
-
-
 def probe(data, h, h_test):
     """Accuracy of k-NN, of a linear probe and from 1, 5, 10 labels a class.
 
@@ -50,9 +46,8 @@ def probe(data, h, h_test):
     if data.labels is None:
         return {}
     names = "k-NN", "linear", "1 a class", "5 a class", "10 a class"
-    wrong = "of one class" if len(data.labels.unique()) < 2 else "not finite" * (not finite(h, h_test))
-    if wrong:
-        print(f"note: features are {wrong}: no probes")
+    if len(data.labels.unique()) < 2:
+        print("note: features are of one class: no probes")
         return dict.fromkeys(names, math.nan)
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     with warnings.catch_warnings():
@@ -72,9 +67,7 @@ def quick_probe(model, data):
     found = {"RankMe": collapse_panel(z)["RankMe"]}
     if data.labels is not None:
         h = encode(model.encoder, data.images)
-        found["knn"] = math.nan                                      # where this epoch is the last one
-        if finite(h, h_test):
-            found["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
+        found["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
     return found
 
 
@@ -120,8 +113,7 @@ def begin(model, data, folder):
             atomic_write_text(folder / "skipped.txt", "".join(lines))
     print(f"data: {len(data.images):,} train and {len(data.test_images):,} test images, {channels} "
           f"channel{'s' * (channels > 1)}, {canvas} ({len(sides)}-D), {len(data.classes) or 'no'} classes"
-          f"{skipped}; "
-          f"{size:,} parameters on {next(model.parameters()).device}; {folder}")
+          f"{skipped}; {size:,} parameters on {next(model.parameters()).device}; {folder}")
     path = folder / "untrained.json"
     if not path.exists():
         found = examine(model, data)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .images import NotFinite
 
 # ---- Several processes, each with its share of every batch -------------------------------------------------
 def join_process_group(device):
@@ -186,6 +187,9 @@ def launch(main):
     on_first_signal(end_by_signal)
     try:
         main()
+    except NotFinite as error:
+        traceback.clear_frames(error.__traceback__)
+        die(str(error))
     except (OSError, MemoryError, RuntimeError) as error:
         traceback.clear_frames(error.__traceback__)                  # ends the bar before the line is printed
         if isinstance(error, OSError):
@@ -193,6 +197,8 @@ def launch(main):
                 "with --resume and the run's folder")
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             die("out of memory: lower --batch, --width or what else makes it large")
+        if isinstance(error, torch.linalg.LinAlgError):
+            die("embeddings are not finite: start anew, with a lower --lr")
         if world_size() == 1 or "onnection" not in str(error):
             raise
         die("the connection to another process is lost")

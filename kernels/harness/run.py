@@ -158,8 +158,8 @@ class Run:
 
     def check_finite(self):
         """Ends the program if loss or weights are no numbers any more."""
-        losses = [self.sums["loss"]] if self.sums else []
-        if not all(number.isfinite().all() for number in [*losses, *self.model.parameters()]):
+        loss = torch.as_tensor(self.sums.get("loss", 0.))
+        if not all(number.isfinite().all() for number in [loss, *self.model.parameters()]):
             self.bar.close()
             die(f"loss or weights are not finite in epoch {len(self.history) + 1}: start anew, with a lower "
                 "--lr")
