@@ -166,7 +166,8 @@ def _nearest(z, candidates=8):
     """Distances [N, k] of each row to the k nearest others, float64, and which they are; inf: not another.
 
     Candidates come from dot products, since 2 z_i . z_j - |z_j|^2 orders by distance; their distances are
-    then made anew from differences.
+    then made anew from differences. Where these products are of fp32, what lies closer than some thousandth
+    of a row's length may not be among them: TwoNN of very tight clusters is then too low.
     """
     samples, mean = len(z), _mean(z)
     bank = torch.empty(samples, z.width + 1, dtype=_work_dtype(z), device=z.device)
@@ -201,7 +202,8 @@ def _twonn(distances, variance):
 
 
 OUTLIERS = 0.5                         # of the variance in a few rows: they would hide all others
-EQUAL = 1e-3                           # of the root of the mean squared distance of two rows: no distance
+NEAR = 0.02                            # of the root of the mean squared distance of two rows: one point
+EQUAL = 1e-3                           # the same of rows that chains join
 
 
 def _joined(group, one, other):
@@ -220,9 +222,10 @@ def _joined(group, one, other):
 
 def _distinct(z, distances, nearest, variance):
     """Share of distinct rows, and of those in the largest group of (nearly) equal ones, 0 if none is."""
-    tolerance = EQUAL * (2 * variance.sum()).sqrt()
+    apart = (2 * variance.sum()).sqrt()
     every = torch.arange(len(z), device=z.device)
-    sizes = _sizes(z, every, distances, nearest, [tolerance, tolerance / 1000])
+    tolerances = [apart * part for part in (NEAR, EQUAL, EQUAL / 1000)]
+    sizes = _sizes(z, every, distances, nearest, tolerances)
     if not len(sizes):
         return 1., 0.
     return (len(z) - sizes.sum().item() + len(sizes)) / len(z), sizes.max().item() / len(z)
@@ -306,7 +309,8 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     uniformity       log mean exp(-2 squared distance) of unit vectors: 0 at one point, towards -4 if spread
     TwoNN            intrinsic dimension by maximum likelihood; beyond 10 only to compare runs
     dead             dimensions whose standard deviation is below a thousandth of the root mean variance
-    distinct         share of rows that are distinct: 1 if none has an equal, or nearly equal, other
+    distinct         share of rows that are distinct: 1 if none has an equal, or nearly equal, other, within a
+                     fiftieth of what two rows are apart
     at one point     share of rows in the largest group of equal ones
     alignment        mean squared distance of the two views' unit vectors
     view ratio       alignment over the mean squared distance of two images' unit vectors: near 0 if an
@@ -485,7 +489,8 @@ def verdict(panel, untrained=None):
     OUTLIERS                hold most of the variance: how many, which, and the verdict on the rest
 
     untrained: the panel of the same network before training, on the same images. Without it an embedding that
-    says nothing of its image is called collapsed although it may not be trained yet.
+    says nothing of its image is called collapsed although it may not be trained yet. ValueError if it is of
+    another width.
     """
     if "not finite" in panel:
         rows = ", ".join(map(str, panel["not finite rows"][:3])) + ", ..." * (panel["not finite"] > 3)
@@ -503,6 +508,9 @@ def verdict(panel, untrained=None):
         return f"OUTLIERS: {held} of the variance. The rest: {verdict(rest, untrained)}"
     if untrained and not math.isfinite(untrained["raw std"]):
         untrained = None
+    if untrained and untrained["width"] != panel["width"]:
+        raise ValueError(f"untrained is of width {untrained['width']}, the panel of {panel['width']}: of one "
+                         "network they must be")
     away = 1 - panel["cosine"]
     if panel["raw std"] == 0:
         return "COLLAPSED: all embeddings are equal."
@@ -676,6 +684,8 @@ def few_label_accuracy(h, y, h_test, y_test, labels, draws=10):
     h, y, h_test, y_test = _known(h, y, h_test, y_test)
     if labels < 1 or draws < 1:
         raise ValueError(f"few_label_accuracy takes labels >= 1 and draws >= 1, got {labels} and {draws}")
+    if max(h.abs().max(), h_test.abs().max()) > 1e15:    # sums of which would overflow in fp32
+        h, h_test = h.double(), h_test.double()
     centre = h.mean(dim=0)
     unit = _unit(h - centre)
     unit_test = _unit(h_test - centre)

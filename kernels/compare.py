@@ -53,7 +53,8 @@ def results(run):
     panel = report["panels"].get("projector z", {})
     for names, numbers in ((COLUMNS, accuracy), (PANEL, panel)):
         for name in names:
-            row[name] = f"{numbers[name]:.4g}" if name in numbers else ""
+            known = isinstance(numbers.get(name), int | float)
+            row[name] = f"{numbers[name]:.4g}" if known else ""
     row["verdict"] = " / ".join(part.split(":")[0] for part in report["verdict"].split(" The rest: "))
     return row
 
@@ -147,8 +148,9 @@ def main():
         print("\nnote: these runs are of different versions: whether they are of one test is not known")
     elif len(images) > 1:
         print("\nnote: these runs have different images or labels: their accuracies are not of one test")
-    if not any(run["history"] for run in runs):
-        print("\nno picture: no run has ended an epoch yet")
+    if not any(PANELS.keys() & line.keys() for run in runs for line in run["history"]):
+        ended = any(run["history"] for run in runs)
+        print("\nno picture: no run has", "logged any of what it shows" if ended else "ended an epoch yet")
         return
     try:
         plot(runs, args.out)

@@ -58,9 +58,13 @@ def main():
         signal.signal(number, signal.default_int_handler)
     try:
         command(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("embed: ended before all was done: give the command again", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:                              # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError) as error:
         refuse(str(error))
 

@@ -62,6 +62,18 @@ def images_at_a_point(share, n=500):
 CLASSES = torch.arange(500) % 5
 RARE = torch.cat([torch.zeros(480), torch.ones(20)]).long()
 UNTRAINED = near(.1 * white(500, 64) + 1)                            # as many dimensions, in one direction
+def near_a_point(share, noise, n=1000, d=64):
+    """Embeddings and views; of a share of the images nothing is left but noise, other noise in each view."""
+    sets = []
+    for seed in (10, 20, 30):
+        z = white(n, d)
+        k = int(share * n)
+        z[:k] = white(1, d, 77) + noise * white(k, d, seed)
+        z[k:] += .1 * white(n - k, d, seed + 1)
+        sets.append(z)
+    return sets
+
+
 SYNTHETIC = {  # name: (embeddings of images, of two views; of the untrained network; labels), the verdict
     "white": ((near(white(500, 64)),), HEALTHY),
     "all positive": ((near(positive()),), HEALTHY),
@@ -111,6 +123,9 @@ SYNTHETIC = {  # name: (embeddings of images, of two views; of the untrained net
     "five axes and noise": ((near(few_axes(5, .02)),), THIN),
     "half of the images at one point": ((near(images_at_a_point(.5)),), PARTIAL),
     "a fifth of the images at one point": ((near(images_at_a_point(.2)),), PARTIAL),
+    "half of the images at a point but for noise": ((near_a_point(.5, .002),), PARTIAL),
+    "nine tenths at a point but for noise": ((near_a_point(.9, .001),), PARTIAL),
+    "a sixteenth at a point but for noise": ((near_a_point(.06, .007),), PARTIAL),
     "a fifth at one point, without views": ((images_at_a_point(.2)[None],), PARTIAL),
     "fifty distinct rows in five thousand": ((near(white(50, 64).repeat(100, 1)),), PARTIAL),
     "fifty nearly distinct rows": ((near(white(50, 64).repeat(100, 1) + 1e-6 * white(5000, 64, 3)),), PARTIAL),

@@ -381,6 +381,19 @@ def test_equal_rows_on_a_dense_curve_are_found(monkeypatch):
     assert found["at one point"] == pytest.approx(.2, abs=.001) and found["distinct"] == pytest.approx(.8, abs=.05)
 
 
+def test_an_untrained_network_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="untrained is of width 32, the panel of 64"):
+        verdict(collapse_panel(*near(white(50, 64))), collapse_panel(*near(white(50, 32))))
+
+
+def test_few_labels_of_very_large_features():
+    h = white(600, 16) + 3 * torch.eye(16)[torch.arange(600) % 4]
+    y = torch.arange(600) % 4
+    expected = few_label_accuracy(h[:300], y[:300], h[300:], y[300:], 5)
+    assert expected > .5
+    assert few_label_accuracy(1e37 * h[:300].float(), y[:300], 1e37 * h[300:].float(), y[300:], 5) == pytest.approx(expected, abs=.01)
+
+
 def test_of_few_samples_each_rank_has_a_most_of_its_own():
     for n, d in ((4, 512), (32, 512), (128, 128)):
         sentence = verdict(collapse_panel(*near(white(n, d))))

@@ -144,6 +144,16 @@ def test_runs_that_have_not_ended_an_epoch(runs):
     assert done.stdout.strip().endswith("no picture: no run has ended an epoch yet") and not (runs / "compare.png").exists()
 
 
+def test_runs_of_other_scripts_that_log_other_things(runs):
+    (runs / "other" / "metrics.jsonl").write_text('{"epoch": 1, "accuracy": 0.5}\n')
+    report = json.loads((runs / "other" / "report.json").read_text())
+    report["epochs"] = report["probes"]["trained encoder"]["k-NN"] = None
+    (runs / "other" / "report.json").write_text(json.dumps(report))
+    done = run_compare(runs, "other")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("no picture: no run has logged any of what it shows")
+
+
 def test_a_run_beside_itself(runs):
     shutil.copytree(runs / "run", runs / "copy")
     assert "no options differ" in run_compare(runs, "run", "copy").stdout

@@ -123,6 +123,7 @@ def test_a_page_beside_it(place, embedded):
 def test_like_among_the_runs_own(place):
     done = embed(place, "run", "--like", "new/copy of 5.png")
     assert done.returncode == 0, done.stderr
+    assert embed(place, "run/encoder.pt", "--like", "new/copy of 5.png").stdout == done.stdout
     lines = done.stdout.splitlines()
     assert len(lines) == 11 and lines[1].split()[:2] == ["1.0000", "a/05.png"] and lines[1].endswith(("(train)", "(test)"))
 
@@ -215,13 +216,18 @@ def few(place, tmp_path):
     ("set", "run/features.npz", "run/features.npz is there"), ("set", "run/browse.npy", "run/browse.html is there"),
     ("set", "page.csv", "page.html is there"), ("set", "table.csv", "table.csv is there"),
     ("set", "words.npy", "words.txt is there"), ("set", "notes.npz", "notes.skipped.txt is there"),
-    ("set", "folder.npz", "folder.npz is there")])
+    ("set", "folder.npz", "folder.npz is there"), ("set", "own.npy", "own.npy is there"),
+    ("set", "classes.csv", "classes.csv is there"), ("set", "todo.npz", "todo.skipped.txt is there")])
 def test_no_file_of_anybody_else_is_overwritten(few, data, out, words):
     (few / "link.npz").symlink_to("x.npz")
     (few / "page.html").write_text("<p>Features of my dog")
     (few / "table.csv").write_text("file,class\na.png,dog\n")
     (few / "words.txt").write_text("mine\n")
     (few / "notes.skipped.txt").write_text("mine\n")
+    (few / "todo.skipped.txt").write_text("todo: buy milk\n")
+    (few / "classes.csv").write_text("file,0,1,class\na.png,.1,.2,dog\n")
+    (few / "own.txt").write_text("cat\ndog\n")
+    np.save(few / "own.npy", np.eye(2))
     (few / "folder.npz").mkdir()
     before = {file: file.read_bytes() for file in few.rglob("*") if file.is_file()}
     done = embed(few, "run", data, "--out", out)

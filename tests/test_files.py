@@ -28,6 +28,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_nothing_is_left_where_a_folder_is_in_the_way(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError), atomic_write(tmp_path / "a") as file:
+        file.write(b"x")
+    assert [*tmp_path.iterdir()] == [tmp_path / "a"]
+
+
 def test_a_link_put_in_the_way_is_not_followed(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("mine")

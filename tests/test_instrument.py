@@ -277,6 +277,110 @@ def test_names_of_several_lines_are_cells_of_a_table(place):
     assert run(place, "names.csv").stdout.splitlines()[1:] == run(place, "z.npy").stdout.splitlines()
 
 
+def table_of(z, head=None, mark=","):
+    return "\n".join([*([head] if head is not None else []), *(mark.join(map(str, row)) for row in z)]) + "\n"
+
+
+def as_r_writes(z, names):
+    """A first line that is a cell shorter than the rows, which begin with their number."""
+    return "\n".join([names, *(f'"{k + 1}",' + ",".join(map(str, row)) for k, row in enumerate(z))]) + "\n"
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("r.csv", lambda z: as_r_writes(z, ",".join(f'"V{k}"' for k in range(24))), "its first line names 24 columns, its rows have 25"),
+    ("missing.csv", lambda z: table_of(z[:1]).replace(",", ",NA,", 1) + table_of(z[1:, [0, 0, *range(1, 24)]]),
+     "row 1 holds words among its numbers"),
+    ("empty.csv", lambda z: table_of(z[:1]).replace(",", ",,", 1) + table_of(z[1:, [0, 0, *range(1, 24)]]),
+     "row 1 holds words among its numbers")])
+def test_tables_whose_first_line_is_not_theirs_are_refused(place, name, text, words):
+    (place / name).write_text(text(np.load(place / "z.npy")))
+    done = run(place, name)
+    assert done.returncode == 2 and words in done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name, head, mark", [
+    ("sv.txt", "# embeddings of vicreg", " "), ("sv.csv", "# a,b", ","), ("excel.csv", "sep=;", ";")])
+def test_what_stands_above_a_table_is_no_row_of_it(place, name, head, mark):
+    (place / name).write_text(table_of(np.load(place / "z.npy"), head, mark))
+    assert run(place, name).stdout == run(place, "z.npy").stdout
+
+
+@pytest.mark.parametrize("odd", ["image_id", "patient", "image"])
+def test_a_column_of_numbers_that_is_called_otherwise_is_no_dimension(place, odd):
+    z = np.load(place / "z.npy")
+    names = [f"0{k % 9 + 1}_0{k // 9 + 1}" if odd == "image" else str(k) for k in range(400)]
+    lines = [",".join([odd, *(f"f{k}" for k in range(24))]), *(f"{name}," + ",".join(map(str, row)) for name, row in zip(names, z))]
+    (place / "odd.csv").write_text("\n".join(lines) + "\n")
+    done = run(place, "odd.csv")
+    assert done.stdout.splitlines()[1:] == run(place, "z.npy").stdout.splitlines(), done.stdout
+    assert f"left out, as names or words: 1 columns ({odd!r})" in done.stdout
+    (place / "plane.csv").write_text(table_of(z[:, :3], "x,y,frame"))
+    assert "plane.csv: taken as dimensions: x, y, frame" in run(place, "plane.csv").stdout
+
+
+@pytest.mark.parametrize("text", [
+    '"class"\n' + "".join(f'"{k + 1}","cat"\n' for k in range(400)),
+    '"file","class"\n' + "".join(f'"{k + 1}","{k}.png","cat"\n' for k in range(400))])
+def test_labels_of_a_table_with_a_column_that_has_no_name_are_refused(place, text):
+    (place / "l.csv").write_text(text)
+    done = run(place, "rare.npy", "--labels", "l.csv")
+    assert done.returncode == 2 and "its first line names" in done.stderr, done.stdout
+
+
+@pytest.mark.parametrize("form", ["csv", "npz"])
+def test_views_go_by_the_names_of_files(place, form):
+    """Of loaders that shuffle."""
+    z = np.load(place / "z.npy")
+    files = [f"n{k}.{form}" for k in range(3)]
+    for k, file in enumerate(files):
+        order = np.random.default_rng(k).permutation(400)
+        x = (z + .1 * white(seed=k))[order]
+        if form == "npz":
+            np.savez(place / file, features=x, files=order)
+        else:
+            lines = [f"{name}.png," + ",".join(map(str, row)) for name, row in zip(order, x)]
+            (place / file).write_text("\n".join(["file," + ",".join(map(str, range(24))), *lines]) + "\n")
+    done = run(place, files[0], "--views", *files[1:])
+    assert done.returncode == 0 and "its rows are taken in the order of" in done.stdout, done.stdout
+    np.savez(place / "others.npz", features=z, files=np.arange(400) + 1)
+    np.savez(place / "n.npz", features=z, files=np.arange(400))
+    done = run(place, "n.npz", "--views", "n.npz", "others.npz")
+    assert done.returncode == 2 and "others.npz names other images than n.npz" in done.stderr
+
+
+def test_embeddings_before_training_are_of_the_same_images_and_network(place):
+    np.save(place / "wide.npy", white(400, 48))
+    np.save(place / "fewer.npy", white(50))
+    for other in ("wide.npy", "fewer.npy"):
+        done = run(place, "z.npy", "--before", other)
+        assert done.returncode == 2 and f"--before {other} holds [" in done.stderr
+
+
+def test_tensors_as_torch_saves_them(place):
+    z = torch.from_numpy(np.load(place / "rare.npy"))
+    torch.save(z.clone().requires_grad_(), place / "grad.pt")
+    done = run(place, "grad.pt", "--out", "grad.png")
+    assert done.returncode == 4 and (place / "grad.png").exists(), done.stderr
+    y = torch.tensor([0] * 390 + [1] * 10)
+    torch.save({"z": z, "y": y, "x": torch.zeros(7)}, place / "both.pt")
+    for more in ([], ["--labels-key", "y"]):
+        done = run(place, "both.pt", "--key", "z", "--labels", "both.pt", *more)
+        assert done.returncode == 3 and "1 of 2 classes (1)" in done.stdout, done.stderr
+    torch.save([z, z], place / "list.pt")
+    torch.save({"z": z.to_sparse()}, place / "sparse.pt")
+    for name, words in (("list.pt", "holds a list: save one tensor"), ("sparse.pt", "holds no dense tensor, but sparse ones: ['z']")):
+        done = run(place, name)
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr) < 300, done.stderr
+    done = run(place, "z.npy", "--labels-key", "y")
+    assert done.returncode == 2 and "--labels-key is for --labels" in done.stderr
+
+
+def test_who_reads_may_go(place):
+    done = subprocess.run(f"{sys.executable} -m kernels.collapse z.npy | true", shell=True, cwd=place, capture_output=True, text=True,
+                          env={**ONE_THREAD, "PYTHONPATH": str(ROOT)})
+    assert not done.stderr
+
+
 def test_a_header_of_two_numbers_and_a_table_without_any(place):
     z = white(d=2)
     for first in ("", "0,1\n"):

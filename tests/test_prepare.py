@@ -301,6 +301,18 @@ def test_numbers_outside_trainings_range_are_cut_and_counted():
     assert prepare.outside == 256 and prepare.seen == 256           # below the percentile, and above
 
 
+def test_numbers_that_are_not_scaled_and_lie_far_from_trainings_are_counted_and_features_of_none_refused():
+    finish(read_data("digits"))
+    encoder, prepare = load_encoder("run")
+    x = np.full((20, 20), .5, np.float32)
+    prepare(x)
+    assert prepare.far == 0 and prepare.seen == 400
+    prepare(255 * x)
+    assert prepare.far == 400
+    with pytest.raises(ValueError, match="the features of b.npy are not finite"):
+        [*embedding.embed(encoder, prepare, ["a.npy", "b.npy"], lambda row: prepare.array([x, 1e38 * x][row]))]
+
+
 @pytest.mark.parametrize("write, thing, words", [
     (rgba, noise(16, 16, kind="u2"), "it holds uint16, training's images uint8"),
     (twelve_bits, noise(16, 16), "it holds uint8, training's images uint16"),

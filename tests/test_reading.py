@@ -22,6 +22,7 @@ import tifffile
 import torch
 from PIL import Image
 from scipy.stats import spearmanr
+from sklearn.model_selection import train_test_split
 
 from damage import deep_colour_png
 from kernels import knn_accuracy
@@ -1649,6 +1650,28 @@ def test_equal_files_and_links_are_on_one_side(capsys):
     assert len(train) == 32 and len(test) == 8 and not train & test
     assert len(data.files) + len(data.test_files) == 80
     assert "40 of 80 files equal an earlier one" in "".join(notes(capsys))
+
+
+def test_equal_images_of_arrays_are_on_one_side_or_said(capsys):
+    x = numbers(shape=(40, 16, 16))
+    np.savez("x.npz", train_images=np.concatenate([x] * 3))
+    data = read_images("x.npz")
+    train, test = ({own.numpy().tobytes() for own in images[:]} for images in (data.images, data.test_images))
+    assert not train & test and (len(data.images), len(data.test_images)) == (96, 24)
+    assert "note: 80 of 120 images equal an earlier one: equal images are all for training or all for testing" in notes(capsys)
+    np.savez("x.npz", train_images=x, test_images=np.concatenate([x[:7], 255 - x[:5]]))
+    assert len(read_images("x.npz").test_images) == 12
+    assert "note: 7 of 12 test images are training images, too" in notes(capsys)
+    np.savez("x.npz", train_images=np.repeat(x[:1], 9, 0))
+    with pytest.raises(ValueError, match="all 9 images are equal"):
+        read_images("x.npz")
+
+
+def test_rows_are_held_out_as_scikit_learn_does():
+    np.save("x.npy", numbers(shape=(40, 16, 16)))
+    train, test = train_test_split(range(40), test_size=.2, random_state=0)
+    data = read_images("x.npy")
+    assert [*data.files] == train and [*data.test_files] == test
 
 
 def test_test_images_that_are_trained_on_are_left_out(capsys):

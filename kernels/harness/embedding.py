@@ -109,6 +109,10 @@ def embed(encoder, prepare, names, read, device="cpu", batch=256):
         h = torch.empty(0, encoder.features)
         if rows:
             h = encoder(prepare.scale(np.stack(arrays)).to(device)).cpu()
+            wrong = (~h.isfinite().all(dim=1)).nonzero().flatten()
+            if len(wrong):
+                raise ValueError(f"the features of {names[rows[wrong[0]]]} are not finite: its numbers are "
+                                 "far from those of training's images")
         yield rows, h, skipped
 
 
@@ -185,16 +189,21 @@ def is_own(file):
             with zipfile.ZipFile(file) as archive:
                 return {*archive.namelist()} == {"features.npy", "files.npy"}
         if file.suffix == ".npy":
-            rows, _ = np.load(file, mmap_mode="r").shape
-            return rows == len(file.with_suffix(".txt").read_text(encoding="utf-8").splitlines())
+            array = np.load(file, mmap_mode="r")
+            names = file.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+            return array.dtype == np.float32 and array.ndim == 2 and len(array) == len(names)
         if file.suffix == ".csv":
-            with open(file, "rb") as text:
-                return text.readline().startswith(b"file,0,")
+            with open(file, encoding="utf-8") as text:
+                first, *numbers = text.readline().strip().split(",")
+            return first == "file" and numbers == [*map(str, range(len(numbers)))] != []
         if file.suffix == ".html":
             text = file.read_bytes()
             return b"<p>Features of " in text and b'<script id="data" type="application/json">' in text
         if file.name.endswith(".skipped.txt"):
-            return all(": " in line for line in file.read_text(encoding="utf-8").splitlines())
+            out = file.name.removesuffix(".skipped.txt")
+            beside = [file.with_name(out + ending) for ending in (".npz", ".npy", ".csv")]
+            listed = all(": " in line for line in file.read_text(encoding="utf-8").splitlines())
+            return listed and any(map(is_own, filter(Path.exists, beside)))
         return is_own(file.with_suffix(".npy"))          # the names beside it
     except Exception:                                    # any of a dozen kinds, of files of another kind
         return False
@@ -294,6 +303,8 @@ def query_of(file, encoder, prepare):
             query = encoder(prepare(file))
         for what in prepare.taken_as:
             print(f"--like {file}: {what}")
+        if prepare.far:
+            print(f"--like {file}: {prepare.far / prepare.seen:.2%} of its pixels lie far outside 0 to 1")
         if prepare.outside:
             share = prepare.outside / prepare.seen
             print(f"--like {file}: {share:.2%} of its pixels lie outside training's range, and are cut")
@@ -303,7 +314,8 @@ def query_of(file, encoder, prepare):
 
 
 def like_in_run(run, nearest):
-    path = Path(run) / "features.npz"
+    run = Path(run)
+    path = (run if run.is_dir() else run.parent) / "features.npz"
     try:
         with np.load(path) as found:
             for split in ("train", "test"):
@@ -320,6 +332,9 @@ def tell(args, prepare, count, skipped, encoder):
           + (f"; {args.out}" if args.out else ""))
     for what, how_many in prepare.taken_as.items():
         print(f"note: {how_many:,} images were {what}")
+    if prepare.far:
+        print(f"note: {prepare.far / prepare.seen:.2%} of the pixels lie far outside 0 to 1, where "
+              "training's images lay")
     if prepare.outside:
         of = f"{prepare.low:,.6g} to {prepare.high:,.6g}, the range of training's images,"
         if prepare.target["ranges"]:

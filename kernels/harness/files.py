@@ -32,7 +32,11 @@ def atomic_write(path):
             raise
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        part.replace(path)
+    except OSError:                                                  # it is a folder, or in use
+        part.unlink(missing_ok=True)
+        raise
 
 
 def atomic_write_text(path, text):

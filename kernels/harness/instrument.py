@@ -8,7 +8,11 @@ Exit code 0: no collapse; 3: collapsed, wholly or in part; 4: cannot tell, or no
 """
 import argparse
 import math
+import os
+import re
 import sys
+from collections import Counter
+from itertools import dropwhile
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +89,9 @@ def read(path, key=None):
             return found[name]
     if kind in (".pt", ".pth"):
         found = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(found, torch.Tensor):
-            return found
-        found = {name: value for name, value in dict(found).items() if isinstance(value, torch.Tensor)}
+        found = tensors_in(found)
+        if "" in found:
+            return found[""]
         name = choose(path, [*found], key, lambda name: found[name].shape)
         print(f"{path}: {name}")
         return found[name]
@@ -105,22 +109,35 @@ def read(path, key=None):
     raise ValueError(f"{path} ends in {kind or 'nothing'}: give .npy, .npz, .pt, .csv or .safetensors")
 
 
+def tensors_in(found):
+    """{name: tensor} of what a .pt file holds, "" of a tensor alone; ValueError if it holds none."""
+    found = {"": found} if isinstance(found, torch.Tensor) else found
+    if not isinstance(found, dict):
+        raise ValueError(f"holds a {type(found).__name__}: save one tensor [N, D], or a dict of them")
+    tensors = {name: value.detach() for name, value in found.items() if isinstance(value, torch.Tensor)}
+    odd = [name for name, value in tensors.items() if value.layout != torch.strided or value.is_quantized]
+    if odd or not tensors:
+        raise ValueError(f"holds no dense tensor{f', but sparse ones: {odd}' * bool(odd)}: save one [N, D]")
+    return tensors
+
+
 def read_table(path):
     """Numbers of a .csv, [N, D]; columns of words, and those named as rows or labels are (file, id, class, an
     index without a name), are left out, and so is a first line of names. Between cells are semicolons, where
-    a decimal comma may be, or tabs, if all lines have them; else commas, or blanks."""
+    a decimal comma may be, or tabs, if all lines have them; else commas, or blanks. Lines before it that
+    begin with # or sep= say something else."""
     import csv
     def number(word):
         try:
-            return float(word.replace(",", ".") if mark == ";" else word)
+            return None if "_" in word else float(word.replace(",", ".") if mark == ";" else word)
         except ValueError:
             return None
 
-    with open(path, newline="", encoding="utf-8-sig") as text:
-        first = next((line for line in text if line.strip()), "")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        text = [*dropwhile(lambda line: not line.strip() or line.startswith(("#", "sep=")), file)]
+        first = text[0] if text else ""
         read = {}
         for mark in [mark for mark in ";\t," if mark in first] + [None]:
-            text.seek(0)
             cells = csv.reader(text, delimiter=mark) if mark else map(str.split, text)
             read[mark] = lines = [line for line in cells if line]
             whole = min(map(len, lines), default=0) > 1
@@ -142,10 +159,17 @@ def read_table(path):
     rows = lines[named:]
     if not rows or len({len(row) for row in rows}) != 1:
         raise ValueError(f"{path} is no table of rows of one length")
+    if named and len(lines[0]) != len(rows[0]):
+        raise ValueError(f"{path}: its first line names {len(lines[0])} columns, its rows have "
+                         f"{len(rows[0])}")
+    above = [value for value in map(number, lines[0]) if value is not None] if named else []
+    if above != [above[0] + k for k in range(len(above))]:       # numbers, and no names 0, 1, 2, ...
+        raise ValueError(f"{path}: row 1 holds words among its numbers, and is no line of names")
     names = [word.strip().lower() for word in lines[0]] if named else [str(k) for k in range(len(rows[0]))]
     no_embedding = {"", "index", *COLUMNS} - ({"y"} if "x" in names else set())        # x, y: a plane
     columns = [k for k, (name, word) in enumerate(zip(names, rows[0])) if number(word) is not None
                and name not in no_embedding and not name.startswith("unnamed")]
+    columns = without_odd_ones(path, names, columns) if named else columns
     others = [repr(name) if named else f"number {k + 1}" for k, name in enumerate(names) if k not in columns]
     if others:
         print(f"{path}: left out, as names or words: {len(others)} columns ({', '.join(others[:5])}"
@@ -158,6 +182,19 @@ def read_table(path):
         row = next(k for k, line in enumerate(x) if None in line)
         raise ValueError(f"{path}: row {row + 1} holds words among its numbers")
     return x.astype(np.float64)
+
+
+def without_odd_ones(path, names, columns):
+    """Of columns of numbers those that are called alike, f0, f1, ..., if these are all but two or so: the
+    others number images or patients. What is taken of names that differ is printed."""
+    stems = {k: re.sub(r"\d+$", "", names[k]) for k in columns}
+    (stem, most), *others = Counter(stems.values()).most_common() or [("", 0)]
+    if others and most >= 4 and len(columns) - most <= 2:
+        return [k for k in columns if stems[k] == stem]
+    if others:
+        shown = ", ".join(names[k] for k in columns[:8]) + ", ..." * (len(columns) > 8)
+        print(f"{path}: taken as dimensions: {shown}")
+    return columns
 
 
 def as_floats(x, path):
@@ -207,6 +244,8 @@ def label_column(path, key, count, names):
     column = next((k for k in places if k is not None), None)
     if len(rows[0]) == 1 or (column is None and len({*map(len, rows)}) > 1):
         text = path.read_text(encoding="utf-8-sig")
+        if any(re.match(r'\s*"[^"]*"\s*[,;\t]', line) for line in text.splitlines()):
+            raise ValueError(f"{path}: its first line names one column, its rows have more")
         words = [line.strip().strip('"') for line in text.splitlines()]
         while len(words) > count + 1 and not words[-1]:
             words.pop()
@@ -223,6 +262,8 @@ def label_column(path, key, count, names):
     if column is None:
         raise ValueError(f"{path} has the columns {', '.join(heads)}: say which are the labels, by "
                          "--labels-key")
+    if any(any(row[len(heads):]) for row in rows):
+        raise ValueError(f"{path}: its first line names {len(heads)} columns, its rows have more")
     file = place_of(heads, "file", path)
     if any(len(row) <= max(column, file or 0) for row in rows):
         raise ValueError(f"{path} is no table of rows of one length")
@@ -256,8 +297,15 @@ def read_labels(path, key, count, names):
                                  "which are the labels, by --labels-key")
             print(f"{path}: labels {key or own[0]}")
             words = found[key or own[0]].ravel()
+    elif path.suffix.lower() in (".pt", ".pth") and not key:
+        found = tensors_in(torch.load(path, map_location="cpu", weights_only=True))
+        there = [name for name, value in found.items() if value.numel() == count]
+        if len(there) != 1:
+            raise ValueError(f"{path} has {len(there)} tensors of {count}: say which are the labels, by "
+                             "--labels-key")
+        words = found[there[0]].numpy().ravel()
     else:
-        words = np.asarray(read(path)).ravel()
+        words = np.asarray(read(path, key)).ravel()
     if len(words) != count:
         raise ValueError(f"{path} holds {len(words):,} labels for {count:,} embeddings")
     names, labels = np.unique(np.asarray(words).astype(str), return_inverse=True)
@@ -321,7 +369,30 @@ def embeddings(names, key):
     return found
 
 
+def in_one_order(args, files, sets):
+    """Embeddings of one image in one row each, where files name their images; ValueError if these differ."""
+    named = [names_of(file, args.key, len(x)) for file, x in zip(files, sets)]
+    first = named[0]
+    for k, names in enumerate(named):
+        if not first or not names or names == first:
+            continue
+        place = {name: row for row, name in enumerate(names)}
+        if len(place) < len(names) or {*names} != {*first}:
+            raise NamedError(f"{files[k]} names other images than {files[0]}, or one twice")
+        sets[k] = sets[k][[place[name] for name in first]]
+        print(f"{files[k]}: its rows are taken in the order of {files[0]}, by their names")
+    return sets
+
+
 def main():
+    try:
+        command()
+    except BrokenPipeError:                              # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def command():
     print_any_name()
     codes = "Exit code 0: no collapse; 3: collapsed; 4: cannot tell, or not yet; 2: a mistake."
     parser = argparse.ArgumentParser("python -m kernels.collapse", allow_abbrev=False, epilog=codes,
@@ -343,8 +414,11 @@ def main():
         refuse(f"--out {args.out}: its ending must be .png, .pdf or .svg")
     if args.before_views and not (args.before and args.views):
         refuse("--before-views is for --before and --views")
+    if args.labels_key and not args.labels:
+        refuse("--labels-key is for --labels")
+    files = [args.file, *args.views]
     try:
-        z, *views = embeddings([args.file, *args.views], args.key)
+        z, *views = in_one_order(args, files, embeddings(files, args.key))
         labels = names = None
         if args.labels:
             try:
@@ -357,11 +431,18 @@ def main():
             panel["classes at one point"] = [str(names[k]) for k in panel.get("classes at one point", [])]
         before = None
         if args.before:
-            before = collapse_panel(*embeddings([args.before, *args.before_views], args.key))
+            files = [args.before, *args.before_views]
+            earlier = in_one_order(args, files, embeddings(files, args.key))
+            if earlier[0].shape != z.shape:
+                raise NamedError(f"--before {args.before} holds {[*earlier[0].shape]}, {args.file} "
+                                 f"{[*z.shape]}: of the same images by the same network they must be")
+            before = collapse_panel(*earlier)
         sentence = verdict(panel, before)
         for name, value in panel.items():
             earlier = f"   before {in_words(before[name])}" if before and name in before else ""
             print(f"{name:22}{in_words(value):>12}{earlier}")
+    except BrokenPipeError:
+        raise
     except Exception as error:
         refuse(about(args.file, error))
     trouble = ""

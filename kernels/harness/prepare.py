@@ -37,7 +37,8 @@ class Prepare:
     arrays              whether training's images came as arrays, not as files
     low, high           the numbers in it that become 0 and 1; None: they stay as they are
     taken_as            counts {what, in words: things that were changed for it}, as colour taken as gray
-    seen, outside       numbers that were scaled, and those of them that lay outside low to high, and were cut
+    seen, outside       numbers that were scaled, and those of them that lay outside low to high, and were
+                        cut; far: where they stay as they are, those beyond -1 to 2
     """
 
     def __init__(self, settings, target, layout, low, high, given="first", arrays=False):
@@ -50,7 +51,7 @@ class Prepare:
         self.arrays = arrays
         self.taken_as = Counter()
         self.lock = Lock()                               # files are read in threads
-        self.seen = self.outside = 0
+        self.seen = self.outside = self.far = 0
 
     def state(self):
         """What makes it again: Prepare(**state), of numbers, words and lists alone."""
@@ -64,6 +65,10 @@ class Prepare:
     def scale(self, arrays):
         """[n, ...] as array() gives them -> float32 [n, C, *S]."""
         if self.low is None:
+            far = np.count_nonzero((arrays < -1) | (arrays > 2))
+            with self.lock:
+                self.seen += arrays.size
+                self.far += far
             return torch.from_numpy(arrays)
         images = Images(Raw(arrays, self.layout), self.low, self.high)
         if not images.plain:

@@ -179,7 +179,8 @@ def report(model, data, untrained, history, folder, **more_probes):
     sentence = verdict(panels["projector z"], panels["untrained z"])
     findings = {"epochs": len(history), "probes": probes, "panels": panels, "verdict": sentence}
     atomic_write_text(folder / "report.json", json.dumps(findings, indent=1))
-    save_encoder(model.encoder, data, folder)
+    save_features(model.encoder, data, trained, folder)
+    save_encoder(model.encoder, data, folder)                        # at once: they are of each other
 
     if data.labels is not None:
         print_table(probes)
@@ -188,6 +189,5 @@ def report(model, data, untrained, history, folder, **more_probes):
     plot_curves(history, probes, folder)
     plot_neighbours(probed, trained.h, trained.h_test, folder)
     plot_embedding(probed, trained.h_test, folder)
-    save_features(model.encoder, data, trained, folder)
     page_of_run(data, trained, findings, folder)
     print(f"In {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")

@@ -5,6 +5,8 @@
 What cannot be read raises ValueError with one line that says what to do; what is left out, cut or scaled is
 printed. Needs numpy, scikit-learn and Pillow beside torch, tifffile for TIFF; nibabel and datasets if met.
 """
+import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,45 @@ def number_classes(name, y, y_test):
         print(f"note: classes in one split only: {', '.join(map(str, once[:10]))}{more}")
     numbers = [torch.from_numpy(np.searchsorted(classes, labels)) for labels in (y, y_test)]
     return *numbers, classes
+
+
+# ---- Images that are there twice ---------------------------------------------------------------------------
+LOOKED_THROUGH = 2**31                                   # numbers: of more it would take minutes
+
+
+def marks_of(images):
+    """A CRC-32 of each image, in a list."""
+    marks = []
+    for part in in_parts(images):
+        marks += [zlib.crc32(x.tobytes()) for x in images[part].numpy()]
+    return marks
+
+
+def hold_out(images):
+    """A fifth of the rows held out, and what is left; equal images are on one side."""
+    rows = [*range(len(images))]
+    if math.prod(images.shape) > LOOKED_THROUGH:
+        print("note: whether images held out equal some of those for training was not looked at")
+    else:
+        rows = folders.joined(marks_of(images))
+        twice = len(rows) - len({*rows})
+        if twice:
+            print(f"note: {twice:,} of {len(rows):,} images equal an earlier one: equal images are all for "
+                  "training or all for testing")
+    if len({*rows}) < 2:
+        raise ValueError(f"all {len(rows):,} images are equal, so that none can be held out")
+    return folders.hold_out(rows, train_test_split)
+
+
+def tell_of_known(images, test_images):
+    """A note where test images are training images."""
+    if math.prod(images.shape) > LOOKED_THROUGH:
+        print("note: whether test images are among those for training was not looked at")
+        return
+    known = {*marks_of(images)}
+    again = sum(mark in known for mark in marks_of(test_images))
+    if again:
+        print(f"note: {again:,} of {len(test_images):,} test images are training images, too")
 
 
 # ---- Folders of files --------------------------------------------------------------------------------------
@@ -329,11 +370,13 @@ def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", va
     if x_test is None:
         if len(x) < 5:
             raise ValueError(f"{name} holds {len(x)} images: 5 at least are needed")
-        train, test = train_test_split(range(len(x)), test_size=0.2, random_state=0)
+        train, test = hold_out(x)
         x, x_test = choose(x, train), choose(x, test)
         more |= {"files": train, "test_files": test}
         if y is not None:
             y, y_test = y[train], y[test]
+    elif not by_folder:
+        tell_of_known(x, x_test)
     if y is None and by_folder:                                      # read_folder has said why
         y_test, classes = None, ()
     else:
