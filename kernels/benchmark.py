@@ -1,6 +1,6 @@
 """Time and peak memory of kernels/ against the best simple form of the same loss, and against a peer's.
 
-    python -m kernels.benchmark                        # all three kernels, the probes and the panel
+    python -m kernels.benchmark                        # all three kernels, k-NN, TwoNN and uniformity
     python -m kernels.benchmark --only covariance --covariance 256x8192 --repeats 9 --pictures .
     python -m kernels.benchmark --report tables.md     # tables as of kernels/README.md
 

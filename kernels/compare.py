@@ -3,8 +3,8 @@
     python -m kernels.compare runs/vicreg-1 runs/vicreg-2 --out compare.png
 
 Accuracies, where there are labels, and the panel are those at the end (report.json); over epochs the picture
-has what metrics.jsonl has: the loss, RankMe of z and k-NN accuracy. A run that has not ended has no row of
-them yet.
+has what metrics.jsonl has: the loss, RankMe of z and k-NN accuracy. The cells of a run that has not ended
+are empty.
 """
 import argparse
 import json

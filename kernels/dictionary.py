@@ -5,7 +5,7 @@
 
 h1, h2 [n, f]: features of two views, of which p = softmax(h W^T / t) [n, c] are soft assignments to codes.
 The signs are bits of a hash of (seed, code, feature): a GPU makes them where it needs them and never stores
-the dictionary, a CPU holds it as bytes, and both have the same one.
+the dictionary, a CPU holds it as bytes, small ones as fp32, and both have the same one.
 
 Arithmetic and bytes. The textbook form keeps p and log p of both views and their gradients, some ten arrays
 of n x c numbers: 700 MB at n = 64, c = 262,144. Streaming over the codes keeps O(n f + c), at the price of

@@ -6,7 +6,8 @@
 
 FOLDER is any --data of the scripts, without labels too, or one image file. Images are read as those that the
 encoder was trained on: size, fit, channels and range lie in the run's encoder.pt. Files are decoded while
-others are encoded, and what is done is written, so that a million images need no more memory than a thousand.
+others are encoded, and what is done is written: of a million images memory has the names alone, and for the
+page the features of 10,000.
 An earlier output of the same name is replaced; any other file there is left, and the command refused.
 """
 import argparse
