@@ -392,7 +392,7 @@ def main():
     if args.loss != "simclr":
         unused |= typed() & {"--temperature"}
     if unused:
-        die(f"{', '.join(unused)}: no effect under --no-fusion, mixup, --loss {args.loss}: leave out either")
+        die(f"{', '.join(sorted(unused))}: no effect with --no-fusion, mixup, --loss {args.loss}: leave out")
     data = load_data(args)
     canvas = data.images.shape[2:]
     own = args.batch // world_size()                             # a process fuses its own images

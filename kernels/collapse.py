@@ -202,8 +202,9 @@ def _twonn(distances, variance):
 
 
 OUTLIERS = 0.5                         # of the variance in a few rows: they would hide all others
-NEAR = 0.02                            # of the root of the mean squared distance of two rows: one point
-EQUAL = 1e-3                           # the same of rows that chains join
+# Of the root of the mean squared distance of two rows:
+NEAR = 0.02                            # one point, for a twentieth of the images
+EQUAL = 1e-3                           # no distance; more for pairs, which may be frames of one film
 
 
 def _joined(group, one, other):
@@ -221,14 +222,15 @@ def _joined(group, one, other):
 
 
 def _distinct(z, distances, nearest, variance):
-    """Share of distinct rows, and of those in the largest group of (nearly) equal ones, 0 if none is."""
+    """Share of distinct rows, which are (nearly) equal to no other, and of those in the largest group at one
+    point, 0 if none is."""
     apart = (2 * variance.sum()).sqrt()
     every = torch.arange(len(z), device=z.device)
     tolerances = [apart * part for part in (NEAR, EQUAL, EQUAL / 1000)]
-    sizes = _sizes(z, every, distances, nearest, tolerances)
-    if not len(sizes):
-        return 1., 0.
-    return (len(z) - sizes.sum().item() + len(sizes)) / len(z), sizes.max().item() / len(z)
+    near = _sizes(z, every, distances, nearest, tolerances)
+    equal = _sizes(z, every, distances, nearest, tolerances[1:])
+    distinct = (len(z) - equal.sum().item() + len(equal)) / len(z)
+    return distinct, near.max().item() / len(z) if len(near) else 0.
 
 
 def _sizes(z, rows, distances, nearest, tolerances):
@@ -310,8 +312,8 @@ def collapse_panel(z, z1=None, z2=None, labels=None):
     TwoNN            intrinsic dimension by maximum likelihood; beyond 10 only to compare runs
     dead             dimensions whose standard deviation is below a thousandth of the root mean variance
     distinct         share of rows that are distinct: 1 if none has an equal, or nearly equal, other, within a
-                     fiftieth of what two rows are apart
-    at one point     share of rows in the largest group of equal ones
+                     thousandth of what two rows are apart
+    at one point     share of rows in the largest group of those within a fiftieth of it
     alignment        mean squared distance of the two views' unit vectors
     view ratio       alignment over the mean squared distance of two images' unit vectors: near 0 if an
                      embedding knows its image, 1 if two views are as far apart as two images

@@ -381,6 +381,16 @@ def test_equal_rows_on_a_dense_curve_are_found(monkeypatch):
     assert found["at one point"] == pytest.approx(.2, abs=.001) and found["distinct"] == pytest.approx(.8, abs=.05)
 
 
+def test_frames_of_films_that_lie_close_are_distinct():
+    """A hundred and fifty films of twenty frames, ten times closer to each other than two views are."""
+    frames = white(150, 64).repeat_interleave(20, 0)
+    sets = [frames + .01 * white(3000, 64, 1)]
+    sets += [sets[0] + .1 * white(3000, 64, seed) for seed in (2, 3)]
+    found = collapse_panel(*sets)
+    assert found["distinct"] == 1 and found["at one point"] < .01
+    assert verdict(found).startswith("No collapse")
+
+
 def test_an_untrained_network_of_another_width_is_refused():
     with pytest.raises(ValueError, match="untrained is of width 32, the panel of 64"):
         verdict(collapse_panel(*near(white(50, 64))), collapse_panel(*near(white(50, 32))))

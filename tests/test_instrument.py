@@ -298,6 +298,14 @@ def test_tables_whose_first_line_is_not_theirs_are_refused(place, name, text, wo
     assert done.returncode == 2 and words in done.stderr, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("head", [",".join(map(str, [0, 1, *range(3, 25)])), ",".join(map(str, [*range(12)] * 2))])
+def test_names_of_columns_may_have_gaps_and_be_there_twice(place, head):
+    z = np.load(place / "z.npy")
+    lines = [f"{k}.png," + ",".join(map(str, row)) for k, row in enumerate(z)]
+    (place / "gaps.csv").write_text("\n".join([f"file,{head}", *lines]) + "\n")
+    assert run(place, "gaps.csv").stdout.splitlines()[1:] == run(place, "z.npy").stdout.splitlines()
+
+
 @pytest.mark.parametrize("name, head, mark", [
     ("sv.txt", "# embeddings of vicreg", " "), ("sv.csv", "# a,b", ","), ("excel.csv", "sep=;", ";")])
 def test_what_stands_above_a_table_is_no_row_of_it(place, name, head, mark):
@@ -313,7 +321,8 @@ def test_a_column_of_numbers_that_is_called_otherwise_is_no_dimension(place, odd
     (place / "odd.csv").write_text("\n".join(lines) + "\n")
     done = run(place, "odd.csv")
     assert done.stdout.splitlines()[1:] == run(place, "z.npy").stdout.splitlines(), done.stdout
-    assert f"left out, as names or words: 1 columns ({odd!r})" in done.stdout
+    said = "as names or words: 1 columns ('image')" if odd == "image" else f"since the others are called f0, f1, ...: {odd}"
+    assert f"odd.csv: left out, {said}" in done.stdout
     (place / "plane.csv").write_text(table_of(z[:, :3], "x,y,frame"))
     assert "plane.csv: taken as dimensions: x, y, frame" in run(place, "plane.csv").stdout
 
@@ -342,6 +351,9 @@ def test_views_go_by_the_names_of_files(place, form):
             (place / file).write_text("\n".join(["file," + ",".join(map(str, range(24))), *lines]) + "\n")
     done = run(place, files[0], "--views", *files[1:])
     assert done.returncode == 0 and "its rows are taken in the order of" in done.stdout, done.stdout
+    np.savez(place / "a.npz", features=z + .1 * white(seed=1), files=[f"{k}_a" for k in range(400)])
+    done = run(place, files[0], "--views", "a.npz", "a.npz")
+    assert "note: a.npz names its images otherwise than" in done.stdout
     np.savez(place / "others.npz", features=z, files=np.arange(400) + 1)
     np.savez(place / "n.npz", features=z, files=np.arange(400))
     done = run(place, "n.npz", "--views", "n.npz", "others.npz")
@@ -368,7 +380,9 @@ def test_tensors_as_torch_saves_them(place):
         assert done.returncode == 3 and "1 of 2 classes (1)" in done.stdout, done.stderr
     torch.save([z, z], place / "list.pt")
     torch.save({"z": z.to_sparse()}, place / "sparse.pt")
-    for name, words in (("list.pt", "holds a list: save one tensor"), ("sparse.pt", "holds no dense tensor, but sparse ones: ['z']")):
+    torch.save({"z": z, "adjacent": z.to_sparse()}, place / "dense.pt")
+    assert run(place, "dense.pt").returncode == 4
+    for name, words in (("list.pt", "holds a list: save one tensor"), ("sparse.pt", "holds no dense tensor, but sparse ones: z: save")):
         done = run(place, name)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr) < 300, done.stderr
     done = run(place, "z.npy", "--labels-key", "y")

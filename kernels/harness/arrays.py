@@ -218,7 +218,8 @@ def read_hugging_face(name, decode_image):
         print(f"note: hf:{name}: taken are the columns {' and '.join(taken)}; left out: {', '.join(rivals)}")
     there = [split for split in ("test", "validation", "valid") if split in found]
     labels = of_kind.get("ClassLabel")
-    known = [split for split in there if labels is None or min(found[split][labels], default=-1) >= 0]
+    known = [split for split in there
+             if labels is None or all(label is not None and label >= 0 for label in found[split][labels])]
     test = next(iter(known or there), None)              # the hub marks classes that are kept secret by -1
     parts = {"train": found["train"]} | ({"test": found[test]} if test else {})
     others = [split for split in found if split not in ("train", test)]

@@ -17,7 +17,7 @@ import re
 import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -30,7 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from .. import __version__
-from .files import write_npy_header
+from .files import atomic_write_text, write_npy_header
 from .numbers import number_range
 from .sources import NIFTI, TIFFS, ending
 
@@ -132,7 +132,9 @@ def read_series(alike):
     """Their numbers as one array, and the letters of its axes. Of 8 bits where 0 is white it is turned round,
     as Pillow does; deeper ones keep their numbers, as Pillow leaves them."""
     refuse_gaps([page for series in alike for page in series.pages])
-    if alike[0].keyframe.photometric.name == "PALETTE":
+    colours = getattr(alike[0].keyframe, "colormap", None)           # [3, 256]
+    light = np.zeros(1) if colours is None else colours.sum(0, dtype=np.int64)
+    if (np.diff(light) < 0).any():                       # else numbers rise with it, and are what is meant
         raise ValueError("its numbers are those of colours in a palette: write it as RGB")
     x = np.stack([series.asarray() for series in alike]) if len(alike) > 1 else alike[0].asarray()
     if alike[0].keyframe.photometric.name == "MINISWHITE" and x.dtype.name in ("bool", "uint8"):
@@ -300,7 +302,7 @@ def decode(file_and_kind, settings, target):
     if target["photo"] and kind and not kind.photo:      # Pillow would leave a band out
         raise ValueError(f"it holds {kind.dtype} of {kind.channels} channels, most are photographs")
     data = file.read_bytes()
-    content = hashlib.blake2b(data, digest_size=12).hexdigest()
+    content = content_of(data)
     if target["photo"]:
         x, size, kind = photograph(data, settings, target["mode"], looked_at=kind is not None)
     elif kind.photo:
@@ -315,7 +317,8 @@ def decode(file_and_kind, settings, target):
             x = x.astype(np.float32, copy=False)
             if not np.isfinite(x).all():                 # to which numbers beyond float32 belong
                 raise ValueError("it holds NaN or infinite numbers")
-    entry = {"content": content, "kind": list(kind), "outside": outside(x, kind.dtype, target)}
+    entry = {"content": content, "number": status_of(file).st_ino, "kind": list(kind),
+             "outside": outside(x, kind.dtype, target)}
     if size and settings.fit == "crop":
         entry["cut"] = 1 - min(size) / max(size)
     return finished(x, kind.dtype, target), entry
@@ -429,7 +432,7 @@ def aim(kinds, settings, files):
 
 def at_a_time(target):
     """How many files of it a thread decodes at a time: one, if they are large."""
-    return max(1, min(32, 2**22 // math.prod(target["shape"])))
+    return max(1, min(32, 2**22 // max(1, math.prod(target["shape"]))))
 
 
 def some_of(x, most=2**20):
@@ -469,20 +472,44 @@ def kind_of(entry):
 
 
 def marks_of(files):
-    """What changes if a file does: where it lies, links resolved, its number on the disk, which goes with it
-    if it changes places with another one, its size and time. Of a link to nothing its own."""
+    """What changes if a file does: where it lies, links resolved, its size and time. Of a link to nothing its
+    own."""
     resolved = cache(os.path.realpath)                   # of folders, of which many files are
     marks = []
     for file in files:
         name = os.fspath(file)
         folder, own = os.path.split(name)
         place = os.path.realpath(name) if os.path.islink(name) else os.path.join(resolved(folder), own)
-        try:
-            status = os.stat(name)
-        except OSError:
-            status = os.lstat(name)
-        marks.append(f"{os.fsencode(place).hex()} {status.st_ino} {status.st_size} {status.st_mtime_ns}")
+        status = status_of(name)
+        marks.append(f"{os.fsencode(place).hex()} {status.st_size} {status.st_mtime_ns}")
     return marks
+
+
+def status_of(file):
+    try:
+        return os.stat(file)
+    except OSError:                                      # a link to nothing
+        return os.lstat(file)
+
+
+def content_of(data):
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
+def moved(files, marks, entries):
+    """Files that changed places have the marks of others, but a number on the disk of their own. Of all that
+    have another number than what was decoded: {mark: content now} of those of other content; and whether
+    there are others, whose entries get the number that they have now."""
+    others = [(file, own) for file, own in zip(files, marks)
+              if entries[own].get("number", 0) != status_of(file).st_ino and entries[own].get("content")]
+    contents = for_each(lambda pair: content_of(pair[0].read_bytes()), others, "comparing")
+    changed = {}
+    for (file, own), content in zip(others, contents):
+        if content != entries[own]["content"]:
+            changed[own] = str(content)
+        else:
+            entries[own]["number"] = status_of(file).st_ino
+    return changed, len(others) > len(changed)
 
 
 @cache
@@ -546,14 +573,18 @@ def decode_all(files, name, settings, wanted_range=None):
     path, found = kept()
     passing = {own for own in marks if found and found["entries"][own].get("passing")}
     back = [own for own, file in zip(marks, files) if own in passing and opens(file)]
-    if back:                                             # another array: a run may be at work on that one
-        words += back
+    changed, renumbered = moved(files, marks, found["entries"]) if found else ({}, False)
+    if renumbered:                                       # else all are compared each time
+        with suppress(OSError):
+            atomic_write_text(path.with_suffix(".json"), json.dumps(found))
+    if back or changed:                                  # another array: a run may be at work on that one
+        words += [*back, *changed, *changed.values()]
         path, found = kept()
     if found:
         print(f"decoded images: found in {path}")
     else:
         once = dict(zip(marks, files))                   # links to one file are one
-        found = decode_new([*once.values()], [*once], name, settings, wanted_range, path)
+        found = decode_new([*once.values()], [*once], name, settings, wanted_range, path, changed)
         print(f"decoded images: kept in {path}; what is added or changed is decoded then")
     entries = [found["entries"][own] for own in marks]
     kinds = [kind_of(entry) for entry in entries]
@@ -576,12 +607,14 @@ def no_entry(error):
     return {"kind": None, "row": None, "reason": one_line(error), "passing": passing}
 
 
-def decode_new(files, marks, name, settings, wanted_range, path):
-    """Writes path and its index, with rows of an earlier array where files are the same."""
+def decode_new(files, marks, name, settings, wanted_range, path, changed=()):
+    """Writes path and its index, with rows of an earlier array where files are the same; changed: marks of
+    files that are not."""
     made_by = [*settings, readers()]
     wanted_range = list(wanted_range) if wanted_range else None      # as JSON gives it back
     earlier, array = known_entries(path.parent, name, made_by)
-    before = {own: entry for own, entry in earlier["entries"].items() if not entry.get("passing")}
+    before = {own: entry for own, entry in earlier["entries"].items()
+              if not entry.get("passing") and own not in changed}
     made_by = {"settings": made_by, "range": wanted_range}
     target = None if before else likely_target(files, settings)
     if target:                                           # a tenth faster than to look at all of them first

@@ -46,7 +46,7 @@ def all_files(folder):
     if of_runs:
         print(f"note: left out {len(of_runs)} folders that runs wrote, as {of_runs[0]}")
     if again:
-        print(f"note: left out {len(again)} links to folders that are read where they lie, as {again[0]}")
+        print(f"note: left out {len(again)} links to folders that are read already, as {again[0]}")
     # Nobody may ever write into a pipe.
     files = [file for file in files if file.is_file() or not file.exists()]
     return sorted(files, key=lambda file: file.parts)
@@ -243,9 +243,17 @@ def joined(*marks):
 
 def hold_out(groups, split):
     """Rows for training and for testing, of which no group is on both sides. groups: of each row; split: as
-    scikit-learn's train_test_split, of a list."""
+    scikit-learn's train_test_split, of a list. A group of more than a fifth of all, as of blank images, is
+    for training, if there are others to hold out."""
     members = {}
     for row, group in enumerate(groups):
         members.setdefault(group, []).append(row)
-    train, test = split([*members], test_size=0.2, random_state=0)
-    return [[row for group in side for row in members[group]] for side in (train, test)]
+    fifth = len(groups) / 5
+    large = [group for group, rows in members.items() if len(rows) > fifth]
+    drawn = [group for group in members if len(members[group]) <= fifth]
+    if len(drawn) < 2:
+        large, drawn = [], [*members]
+    left = sum(len(members[group]) for group in drawn)
+    share = min(0.5, fifth / left) if large else 0.2
+    train, test = split(drawn, test_size=share, random_state=0)
+    return [[row for group in side for row in members[group]] for side in (large + train, test)]

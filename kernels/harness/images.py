@@ -192,16 +192,17 @@ def tell_of_unused(name, images, low, high):
     some = np.stack([images.numbers(row).ravel()[places].astype(np.float64) for row in rows])
     some = some.clip(low, high)
     middle = float(np.median(np.percentile(some, 99.9, axis=1)))
-    sorted_all = np.percentile(some, np.linspace(0, 100, 1001))
-    gap = np.diff(sorted_all).argmax()
-    start, end = sorted_all[gap:gap + 2]
-    several = len(np.unique(sorted_all)) > 2                         # else a mask's two
+    levels = np.percentile(some, np.linspace(0, 100, 1001), method="nearest")
+    gap = np.diff(levels).argmax()
+    start, end = levels[gap:gap + 2]
+    ends = sorted(len(np.unique(side)) for side in (levels[:gap + 1], levels[gap + 1:]))
+    filled = ends[0] == 1 and ends[1] >= 10                          # else a mask's or a drawing's few
     found = None
     if middle < low + (high - low) / 5:
         share = (middle - low) / (high - low)
         found = (f"half of the images stay below {middle:,.6g}, {share:.0%} of the range {low:,.6g} to "
                  f"{high:,.6g}, which few others fill; --range LOW HIGH decides otherwise")
-    elif end - start > .6 * (high - low) and several:
+    elif end - start > .6 * (high - low) and filled:
         found = (f"next to no pixel lies between {start:,.6g} and {end:,.6g}, most of the range {low:,.6g} "
                  f"to {high:,.6g}: if one end of it stands for no data, --range LOW HIGH leaves it out")
     if found:

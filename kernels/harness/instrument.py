@@ -115,10 +115,12 @@ def tensors_in(found):
     if not isinstance(found, dict):
         raise ValueError(f"holds a {type(found).__name__}: save one tensor [N, D], or a dict of them")
     tensors = {name: value.detach() for name, value in found.items() if isinstance(value, torch.Tensor)}
-    odd = [name for name, value in tensors.items() if value.layout != torch.strided or value.is_quantized]
-    if odd or not tensors:
-        raise ValueError(f"holds no dense tensor{f', but sparse ones: {odd}' * bool(odd)}: save one [N, D]")
-    return tensors
+    dense = {name: value for name, value in tensors.items()
+             if value.layout == torch.strided and not value.is_quantized}
+    if not dense:
+        odd = f", but sparse ones: {', '.join(tensors)}" * bool(tensors)
+        raise ValueError(f"holds no dense tensor{odd}: save one [N, D]")
+    return dense
 
 
 def read_table(path):
@@ -162,15 +164,16 @@ def read_table(path):
     if named and len(lines[0]) != len(rows[0]):
         raise ValueError(f"{path}: its first line names {len(lines[0])} columns, its rows have "
                          f"{len(rows[0])}")
-    above = [value for value in map(number, lines[0]) if value is not None] if named else []
-    if above != [above[0] + k for k in range(len(above))]:       # numbers, and no names 0, 1, 2, ...
+    above = [word for word in lines[0] if number(word) is not None] if named else []
+    if not all(word.strip().isdigit() for word in above):        # numbers, and no names 0, 1, 3, ...
         raise ValueError(f"{path}: row 1 holds words among its numbers, and is no line of names")
     names = [word.strip().lower() for word in lines[0]] if named else [str(k) for k in range(len(rows[0]))]
     no_embedding = {"", "index", *COLUMNS} - ({"y"} if "x" in names else set())        # x, y: a plane
     columns = [k for k, (name, word) in enumerate(zip(names, rows[0])) if number(word) is not None
                and name not in no_embedding and not name.startswith("unnamed")]
+    words = [k for k in range(len(names)) if k not in columns]
     columns = without_odd_ones(path, names, columns) if named else columns
-    others = [repr(name) if named else f"number {k + 1}" for k, name in enumerate(names) if k not in columns]
+    others = [repr(name) if named else f"number {k + 1}" for k, name in enumerate(names) if k in words]
     if others:
         print(f"{path}: left out, as names or words: {len(others)} columns ({', '.join(others[:5])}"
               f"{', ...' * (len(others) > 5)})")
@@ -190,6 +193,8 @@ def without_odd_ones(path, names, columns):
     stems = {k: re.sub(r"\d+$", "", names[k]) for k in columns}
     (stem, most), *others = Counter(stems.values()).most_common() or [("", 0)]
     if others and most >= 4 and len(columns) - most <= 2:
+        odd = ", ".join(names[k] for k in columns if stems[k] != stem)
+        print(f"{path}: left out, since the others are called {stem}0, {stem}1, ...: {odd}")
         return [k for k in columns if stems[k] == stem]
     if others:
         shown = ", ".join(names[k] for k in columns[:8]) + ", ..." * (len(columns) > 8)
@@ -371,10 +376,14 @@ def embeddings(names, key):
 
 def in_one_order(args, files, sets):
     """Embeddings of one image in one row each, where files name their images; ValueError if these differ."""
-    named = [names_of(file, args.key, len(x)) for file, x in zip(files, sets)]
-    first = named[0]
-    for k, names in enumerate(named):
+    if len(files) < 2:
+        return sets
+    first, *named = [names_of(file, args.key, len(x)) for file, x in zip(files, sets)]
+    for k, names in enumerate(named, 1):
         if not first or not names or names == first:
+            continue
+        if not {*names} & {*first}:                      # 1_a.png and 1_b.png, say
+            print(f"note: {files[k]} names its images otherwise than {files[0]}: rows are taken in order")
             continue
         place = {name: row for row, name in enumerate(names)}
         if len(place) < len(names) or {*names} != {*first}:

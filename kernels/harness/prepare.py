@@ -166,7 +166,7 @@ class Prepare:
             raise ValueError(f"it is {x.dtype} {[*x.shape]}, no image of {axes} axes, or of {axes + 1} with "
                              "channels; several are given as a list")
         dtype = self.own_float(x.dtype.name)
-        if self.layout != "first" and x.ndim > axes and x.shape[-1] not in (1, 3, 4):
+        if self.target["photo"] and x.ndim > axes and x.shape[-1] not in (1, 3, 4):
             raise ValueError(f"it is {x.dtype} {[*x.shape]}: channels come last, 1, 3 or 4 of them; several "
                              "images are given as a list")
         if dtype == "uint8" and self.target["photo"]:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from .images import NotFinite
 
+
 # ---- Several processes, each with its share of every batch -------------------------------------------------
 def join_process_group(device):
     """Where torchrun started this process: joins the others. -> its device, one of its own for "cuda"."""
@@ -187,9 +188,11 @@ def launch(main):
     on_first_signal(end_by_signal)
     try:
         main()
-    except NotFinite as error:
+    except ValueError as error:
+        if not isinstance(error, NotFinite) and "Input X contains" not in str(error):    # of scikit-learn
+            raise
         traceback.clear_frames(error.__traceback__)
-        die(str(error))
+        die("features are not finite: start anew, with a lower --lr")
     except (OSError, MemoryError, RuntimeError) as error:
         traceback.clear_frames(error.__traceback__)                  # ends the bar before the line is printed
         if isinstance(error, OSError):

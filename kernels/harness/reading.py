@@ -6,7 +6,6 @@ What cannot be read raises ValueError with one line that says what to do; what i
 printed. Needs numpy, scikit-learn and Pillow beside torch, tifffile for TIFF; nibabel and datasets if met.
 """
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from sklearn.model_selection import train_test_split
 
 from . import arrays, folders
 from .decode import Kind, Settings, decode_all, picture_of
-from .images import Data, choose, in_parts, in_words, sample_rows, to_unit
+from .images import Data, Images, choose, in_parts, in_words, sample_rows, to_unit
 from .prepare import Prepare, prepare_arrays
 from .sources import IDX, IMAGES, TIFFS, ending, problem
 
@@ -54,10 +53,11 @@ LOOKED_THROUGH = 2**31                                   # numbers: of more it w
 
 
 def marks_of(images):
-    """A CRC-32 of each image, in a list."""
+    """A number of 64 bits for each image, equal for equal ones, in a list."""
     marks = []
     for part in in_parts(images):
-        marks += [zlib.crc32(x.tobytes()) for x in images[part].numpy()]
+        x = images.numbers(part) if isinstance(images, Images) else images[part].numpy()
+        marks += [hash(own.tobytes()) for own in x]
     return marks
 
 
@@ -73,7 +73,8 @@ def hold_out(images):
             print(f"note: {twice:,} of {len(rows):,} images equal an earlier one: equal images are all for "
                   "training or all for testing")
     if len({*rows}) < 2:
-        raise ValueError(f"all {len(rows):,} images are equal, so that none can be held out")
+        print(f"note: all {len(rows):,} images are equal, those held out, too")
+        rows = range(len(rows))
     return folders.hold_out(rows, train_test_split)
 
 
