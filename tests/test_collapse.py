@@ -381,6 +381,64 @@ def test_equal_rows_on_a_dense_curve_are_found(monkeypatch):
     assert found["at one point"] == pytest.approx(.2, abs=.001) and found["distinct"] == pytest.approx(.8, abs=.05)
 
 
+HEALTHY_PANEL = {"samples": 500, "width": 64, "raw std": 1., "std": 1., "cosine": .1, "RankMe": 50., "participation": 30.,
+                 "axes": 40, "alignment": .2, "view ratio": .1, "distinct": 1., "at one point": 0., "dead": 0}
+
+
+@pytest.mark.parametrize("change, untrained, within, beyond", [
+    (lambda x: {"view ratio": x}, None, .79, .81), (lambda x: {"RankMe": x}, None, 63 ** .375 + .1, 63 ** .375 - .1),
+    (lambda x: {"participation": x}, None, 1.26, 1.24), (lambda x: {"axes": x}, None, 5, 4),
+    (lambda x: {"distinct": x}, None, .26, .24), (lambda x: {"at one point": x}, None, .049, .051),
+    (lambda x: {"view ratio": .5, "raw std": x}, {}, .31, .29), (lambda x: {"view ratio": x, "raw std": .2}, {}, .44, .46),
+    (lambda x: {"cosine": 1 - x}, None, 1.1e-3, .9e-3)])
+def test_the_verdict_turns_at_its_bounds(change, untrained, within, beyond):
+    before = None if untrained is None else HEALTHY_PANEL | {"view ratio": 1.}
+    assert verdict(HEALTHY_PANEL | change(within), before).startswith("No collapse")
+    assert "COLLAPSE" in verdict(HEALTHY_PANEL | change(beyond), before).split(":")[0]
+
+
+@pytest.mark.parametrize("change, words, within, beyond", [
+    (lambda x: {"cosine": x}, "; the mean cosine of two images is 0.9", .89, .91),
+    (lambda x: {"participation": x}, "; participation has fallen to 0.", 6.1, 5.9)])
+def test_remarks_begin_at_their_bounds(change, words, within, beyond):
+    before = HEALTHY_PANEL | {"view ratio": 1., "raw std": .5}
+    for x, said in ((within, False), (beyond, True)):
+        sentence = verdict(HEALTHY_PANEL | change(x), before)
+        assert sentence.startswith("No collapse") and (words in sentence) == said, sentence
+
+
+@pytest.mark.parametrize("share, said", [(.91, True), (.89, False)])
+def test_nothing_is_learnt_within_a_tenth_of_before(share, said):
+    before = HEALTHY_PANEL | {name: HEALTHY_PANEL[name] / share for name in ("RankMe", "raw std")}
+    before |= {name: HEALTHY_PANEL[name] * (1 if said else 1.2) for name in ("participation",)}
+    assert verdict(HEALTHY_PANEL, before).startswith("NOTHING LEARNT YET") == said
+
+
+@pytest.mark.parametrize("measure", ["raw std", "participation", "RankMe"])
+def test_narrower_than_before_begins_at_its_bound(measure):
+    """Blind embeddings in few dimensions are collapsed if training has made them so."""
+    bound = .3 if measure == "raw std" else .5
+    thin = HEALTHY_PANEL | {"view ratio": .9, "participation": 1.2, "RankMe": 3.}
+    for share, word in ((bound - .02, "COLLAPSED"), (bound + .02, "NOT SPREAD YET")):
+        before = thin | {measure: thin[measure] / share}
+        assert verdict(thin, before).startswith(word)
+
+
+def test_of_the_panel_what_counts_as_dead_as_an_outlier_and_as_a_class():
+    z = white(500, 64)
+    z[:, :3] *= torch.tensor([3e-3, 5e-4, 1e-4])
+    assert collapse_panel(z)["dead"] == 2
+    few = white(25, 8)
+    few[3] *= 1e3
+    assert collapse_panel(few)["outliers"] == 1 and "outliers" not in collapse_panel(few[:19])
+    z, labels = white(500, 64), torch.zeros(500)
+    for rows, label, noise in ((range(3), 1, 0), (range(3, 7), 2, 0), (range(7, 40), 3, 1 / 45), (range(40, 80), 4, 1 / 60)):
+        z[[*rows]] = white(1, 64, label) + noise * white(len(rows), 64, label + 9)
+        labels[[*rows]] = label
+    found = collapse_panel(z, labels=labels)
+    assert found["classes"] == 4 and found["classes at one point"] == [2, 4]
+
+
 def test_frames_of_films_that_lie_close_are_distinct():
     """A hundred and fifty films of twenty frames, ten times closer to each other than two views are."""
     frames = white(150, 64).repeat_interleave(20, 0)
@@ -506,7 +564,8 @@ def test_of_many_rows_a_sample_is_looked_at_and_said(monkeypatch, tmp_path):
     for name in ("raw std", "std", "cosine", "RankMe", "participation", "dead"):
         assert found[name] == pytest.approx(whole[name], rel=1e-12)
     assert found["at one point"] == pytest.approx(.5, abs=.06)
-    assert "equal images were sought among 600" in verdict(collapse_panel(z, z, z)) or found["at one point"] > .05
+    spread = white(3000, 12)
+    assert "; equal images were sought among 600" in verdict(collapse_panel(*near(spread)))
 
 
 # ---- In a foreign loop -----------------------------------------------------------------------------------------

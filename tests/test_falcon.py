@@ -44,6 +44,40 @@ def test_optimum_with_hadamard_codes():
         assert falcon.loss_values(256, 64, 64, prior=prior)["optimum"] == pytest.approx(value, abs=1e-9)
 
 
+@pytest.mark.parametrize("beta", [.5, 1, 2])
+def test_values_at_other_betas(beta):
+    kl, _, ce = at_optimum(256, 64, 1e-3)
+    values = falcon.loss_values(256, 64, 64, beta, 1e-3)
+    assert values["optimum"] == pytest.approx(kl + beta * ce, abs=1e-9)
+    collapsed, = [value for name, value in values.items() if name.startswith("representation")]
+    assert collapsed == pytest.approx(min(1, beta) * math.log(64))
+
+
+@pytest.mark.parametrize("temperature", [.1, 1, 10])
+def test_mean_assignment_at_any_temperature(temperature):
+    z, W = torch.randn(150, 8, generator=torch.Generator().manual_seed(0)), dictionary_signs(32, 8, 0)
+    _, p = falcon.assign(z, W, temperature)
+    torch.testing.assert_close(p, (z @ W.T / temperature).softmax(1).mean(0))
+    meters = falcon.collapse_meters(z, W, temperature, mixtures=())
+    assert meters["assignment_entropy"] == pytest.approx(falcon.entropy(p))
+
+
+def test_alternating_codes_move_in_training_alone_and_by_the_last_32_batches():
+    dictionary = falcon.AlternatingDictionary(16, 8, batch=3)
+    before = dictionary.learned.clone()
+    batches = [(torch.randn(3, 8), torch.randn(3, 8)) for _ in range(40)]
+    dictionary.eval()
+    for z1, z2 in batches:
+        dictionary(z1, z2, 1., "reverse")
+    assert dictionary.count == 0 and torch.equal(dictionary.learned, before)
+    dictionary.train()
+    for z1, z2 in batches:
+        dictionary(z1, z2, 1., "reverse")
+    assert dictionary.count == 40 and not torch.equal(dictionary.learned, before)
+    kept = {tuple(rows.flatten().tolist()) for rows in dictionary.seen}
+    assert kept == {tuple(torch.cat(pair).flatten().tolist()) for pair in batches[8:]}
+
+
 def test_assignments_at_that_optimum_are_smoothed_one_hot():
     W, eps = hadamard(64), 1e-3
     p = (W / 16 @ W.T / falcon.derived_temperature(256, 64, 64, eps)).softmax(1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import icone
 import vicreg
+from small import small_data, small_model, train
 
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,22 @@ def model(data, seed=0, **options):
     net = icone.IConE(icone.Encoder(1, 2, width=2), 16, len(data), **{"projector": (6,), **options}).double()
     net.start_table(data)
     return net.train()
+
+
+def test_rows_begin_at_their_views_after_a_tenth_of_the_run(tmp_path, monkeypatch):
+    """A row that is not known yet; what the loop asks for, batch by batch, of 24 steps of two batches."""
+    small = small_model("icone")
+    asked = []
+    real = small.rows_of
+    monkeypatch.setattr(small, "rows_of", lambda index, fresh, renew: asked.append(bool(renew)) or real(index, fresh, renew))
+    train("icone", small, small_data(), tmp_path, epochs=8)
+    assert asked == [k + 1 > 4.8 for k in range(48)]
+
+
+def test_the_heads_last_norm_has_no_gains():
+    last = icone.projection_head(8, (6, 4))[-1]
+    assert not [*last.parameters()]
+    torch.testing.assert_close(last(torch.randn(5, 4)).norm(dim=1), torch.full((5,), 2.), rtol=0, atol=1e-2)
 
 
 # ---- Diversity ---------------------------------------------------------------------------------------------

@@ -389,6 +389,15 @@ def test_tensors_as_torch_saves_them(place):
     assert done.returncode == 2 and "--labels-key is for --labels" in done.stderr
 
 
+def test_which_of_several_arrays_is_taken(place):
+    names = ["embeddings", "features", "z", "h", "test_features", "train_features"]
+    arrays = {name: white(20, 5 + k) for k, name in enumerate(names)}
+    for name in names:
+        np.savez(place / "several.npz", **arrays, labels=np.arange(20), other=white(20, 40))
+        assert run(place, "several.npz").stdout.splitlines()[0] == f"several.npz: {name}"
+        del arrays[name]
+
+
 def test_who_reads_may_go(place):
     done = subprocess.run(f"{sys.executable} -m kernels.collapse z.npy | true", shell=True, cwd=place, capture_output=True, text=True,
                           env={**ONE_THREAD, "PYTHONPATH": str(ROOT)})

@@ -44,6 +44,23 @@ def flat(rows):
     return (rows / 100).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
 
 
+def test_groups_have_the_most_central_first():
+    h = features(300, 3)
+    found = page.groups(h)
+    assert len(found) == 5 and sum(map(len, found)) == 300 and found == sorted(found, key=lambda rows: -len(rows))
+    unit = F.normalize(h)
+    for rows in found:
+        away = (unit[rows] - unit[rows].mean(0)).norm(dim=1)
+        assert (away.diff() > -1e-3).all()
+    assert len(page.groups(features(4))) == 1
+
+
+def test_others_are_shown_at_random(monkeypatch):
+    monkeypatch.setattr(page, "MOST", 30)
+    rows = page.shown_rows([(1., 3, 4)], [7], 1000)
+    assert len(rows) == 30 and {3, 4, 7} <= {*rows.tolist()} and rows.max() > 500
+
+
 # ---- What is near what -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n", [2, 5, 6, 300, 1100])
 def test_nearest_is_that_of_all_cosines_without_the_row_itself(n):

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernels.harness import pictures
 from kernels.harness.images import Data
@@ -116,3 +117,18 @@ def test_a_picture_is_of_the_kind_of_its_name_and_never_half_written(tmp_path):
     for ending, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml"), (".PNG", b"\x89PNG")):
         pictures.save_figure(figure, tmp_path / f"x{ending}")
         assert (tmp_path / f"x{ending}").read_bytes().startswith(start)
+
+
+def test_neighbours_are_the_nearest_and_the_first_images_of_different_classes(drawn):
+    """A test image's features are those of the training image with its number less three."""
+    h = noise(40, 6) - .5
+    data = data_of(noise(40, 1, 8, 8), classes=[*"abcdefgh"], files=range(40), test_files=range(40))
+    pictures.plot_neighbours(data, h, h.roll(3, 0), NOWHERE)
+    figure, = drawn
+    below = [int(word.split("\n")[-1]) for word in texts(figure) if word[-1:].isdigit() and "\n" in word]
+    own, nearest, *_ = numbers = torch.tensor(below).view(6, 8).tolist()
+    assert len({number % 8 for number in own}) == 8
+    assert [(number - 3) % 40 for number in own] == nearest
+    cosines = F.normalize(h.roll(3, 0)[own]) @ F.normalize(h).T
+    for k in range(5):
+        assert cosines.topk(5).indices[:, k].tolist() == numbers[1 + k]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from damage import deep_colour_png
-from kernels.harness import arrays, embedding, probes
+from kernels.harness import arrays, decode, embedding, probes
 from kernels.harness.arrays import Raw
 from kernels.harness.cli import read_data
 from kernels.harness.encoder import Encoder
@@ -307,7 +307,9 @@ def test_numbers_that_are_not_scaled_and_lie_far_from_trainings_are_counted_and_
     x = np.full((20, 20), .5, np.float32)
     prepare(x)
     assert prepare.far == 0 and prepare.seen == 400
-    prepare(255 * x)
+    prepare(3.8 * x)                                                 # 1.9
+    assert prepare.far == 0
+    prepare(5 * x)
     assert prepare.far == 400
     with pytest.raises(ValueError, match="the features of b.npy are not finite"):
         [*embedding.embed(encoder, prepare, ["a.npy", "b.npy"], lambda row: prepare.array([x, 1e38 * x][row]))]
@@ -325,6 +327,15 @@ def test_what_it_cannot_be_is_said(write, thing, words):
     prepare = trained_on(write)
     with pytest.raises(ValueError, match=words):
         prepare(thing)
+
+
+@pytest.mark.parametrize("kind, low, high", [("u2", 0, 60_000), ("i2", -30_000, 30_000)])
+def test_what_is_brought_to_another_size_stays_within_its_numbers(kind, low, high):
+    """Bicubic interpolation goes beyond them, and what does not fit the kind of number would come out at its other end."""
+    x = np.full((1, 32, 32), low, kind)
+    x[0, ::4, :16] = high
+    y = decode.on_canvas(x, decode.Settings(24))[0].astype(int)
+    assert y.min() == low and y.max() < low + .8 * (high - low) and (y[:, 14:] == low).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -4,10 +4,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 import vicreg
-from kernels import collapse_panel, knn_accuracy
+from kernels import collapse_panel, few_label_accuracy, knn_accuracy
 from kernels.harness import probes
+from kernels.harness.images import Data, limited
 from scripts import SMALL, call
 from small import small_data, small_model, train
 
@@ -104,3 +106,32 @@ def test_where_one_class_alone_is_looked_at_there_are_no_probes(capsys):
     data = data._replace(labels=torch.zeros_like(data.labels), test_labels=torch.zeros_like(data.test_labels))
     found = probes.probe(data, torch.rand(len(data.images), 8), torch.rand(len(data.test_images), 8))
     assert all(value != value for value in found.values()) and "features are of one class: no probes" in capsys.readouterr().out
+
+
+def test_the_probes_are_those_of_scikit_learn_and_of_so_many_labels():
+    """Columns of the features differ in scale by far, so that it matters that they are standardised."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(400) % 4
+    h = torch.randn(400, 16, generator=generator) + 1.2 * torch.eye(16)[y]
+    h = h * torch.logspace(-4, 4, 16)
+    data = Data(None, y[:200], None, y[200:], classes=range(4))
+    found = probes.probe(data, h[:200], h[200:])
+    known = h[:200], y[:200], h[200:], y[200:]
+    fitted = LogisticRegression(max_iter=300).fit((h[:200] - h[:200].mean(0)) / h[:200].std(0, correction=0), y[:200])
+    linear = fitted.score((h[200:] - h[:200].mean(0)) / h[:200].std(0, correction=0), y[200:])
+    assert found["linear"] == pytest.approx(linear, abs=.011) and linear > .5
+    assert found["k-NN"] == knn_accuracy(*known)
+    few = [found[f"{count} a class"] for count in (1, 5, 10)]
+    assert few == [few_label_accuracy(*known, count) for count in (1, 5, 10)] and len({*few}) == 3
+
+
+def test_features_of_more_images_than_are_looked_at_are_all_kept(tmp_path, monkeypatch):
+    model, data = small_model("vicreg").eval(), small_data()
+    monkeypatch.setattr(probes, "limited", lambda data: limited(data, 8))
+    found = probes.examine(model, data)
+    assert len(found.h) == len(found.h_test) == 8
+    probes.save_features(model.encoder, data, found, tmp_path)
+    with np.load(tmp_path / "features.npz") as kept:
+        assert len(kept["train_features"]) == len(kept["train_files"]) == len(kept["train_labels"]) == 24
+        assert len(kept["test_features"]) == len(kept["test_files"]) == 9
+        torch.testing.assert_close(torch.from_numpy(kept["train_features"]), model.encoder(data.images / 255).detach())

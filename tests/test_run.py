@@ -19,7 +19,7 @@ from kernels.harness.files import load_checkpoint
 from kernels.harness.order import through_window
 from kernels.harness.views import posed_view
 from scripts import ALL, ONE, SMALL, command, interrupted, killed_and_resumed
-from small import LOOPS, small_data, small_model, train
+from small import LOOPS, small_data, small_model, small_options, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 each_loop = pytest.mark.parametrize("name", LOOPS)
@@ -340,6 +340,16 @@ def test_a_killed_run_resumes_to_the_bit(run):
     for name in ("train_features", "test_features"):
         assert np.array_equal(np.load(whole / "features.npz")[name], np.load(resumed / "features.npz")[name])
     assert json.loads((whole / "report.json").read_text()) == json.loads((resumed / "report.json").read_text())
+
+
+@pytest.mark.parametrize("epochs, probed", [(3, 3), (8, 8), (16, 8), (45, 9)])
+def test_some_eight_epochs_are_probed(epochs, probed, tmp_path):
+    run = harness_run.Run(small_options(epochs=epochs), small_data(), tmp_path)
+    count = 0
+    for number in range(epochs):
+        run.history = [{}] * number
+        count += run.probing()
+    assert count == probed
 
 
 @command(f"{SMALL} --epochs 3000", scripts=ONE, way=interrupted)

@@ -2,9 +2,11 @@
 
 `run` is what came of the command above a test: see scripts.py.
 """
+import importlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,66 @@ def test_a_run_ends_with_tables_verdict_and_files(run):
     features = run.features()
     assert features["train_features"].shape == (1437, 32)
     assert features["test_labels"].shape == (1440,)
+
+
+WIRED = {  # script: the class it makes, its options, what that must be given
+    "vicreg.py": ("VICReg", "--projector 24-16 --invariance 3 --variance 4 --covariance 5",
+                  dict(projector=[24, 16], invariance=3, variance=4, covariance=5)),
+    "icone.py": ("IConE", "--projector 24-16 --centre .5 --temperature .7 --weight 2 --view-view 3 --bank 9 --table-lr .1",
+                 dict(projector=[24, 16], centre=.5, temperature=.7, weight=2, view_view=3, bank=9, table_lr=.1)),
+    "falcon.py": ("FALCON", "--projector 24-16 --norm tanh --prior forward --temperature 2 --eps 1e-7 --codes 64",
+                  dict(projector=[24, 16], norm="tanh", prior="forward", temperature=2, eps=1e-7)),
+    "ba_ssl.py": ("BASSL", "--projector 24-16 --both --temperature .7 --seed 5",
+                  dict(projector=[24, 16], both=True, temperature=.7, seed=5, loss="simclr"))}
+
+
+class Made(Exception):
+    pass
+
+
+@pytest.mark.parametrize("script", WIRED)
+def test_options_reach_the_method(script, tmp_path, monkeypatch):
+    name, words, expected = WIRED[script]
+    given = {}
+
+    def record(*arguments, **named):
+        given.update(named)
+        raise Made
+
+    np.savez(tmp_path / "small.npz", **small_arrays(12, 12))
+    module = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.setattr(module, name, record)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *f"{SMALL} {words}".split()])
+    with pytest.raises(Made):
+        module.main()
+    assert {key: given[key] for key in expected} == expected
+
+
+def test_options_reach_the_fusion(tmp_path, monkeypatch):
+    real = ba_ssl.BatchFusion
+    made = []
+    np.savez(tmp_path / "small.npz", **small_arrays(12, 12))
+    monkeypatch.setattr(ba_ssl, "BatchFusion", lambda *args, **named: made.append(real(*args, **named)) or made[0])
+    monkeypatch.setattr(ba_ssl, "BASSL", lambda *args, **named: (_ for _ in ()).throw(Made))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ba_ssl.py", *f"{SMALL} --layers 3 --share .4 --keep-slots --mixing grouped".split()])
+    with pytest.raises(Made):
+        ba_ssl.main()
+    fusion, = made
+    assert (len(fusion.embedding), fusion.share, fusion.keep_slots, fusion.mixing) == (3, .4, True, "grouped")
+
+
+def test_the_window_is_the_one_that_was_asked_for(tmp_path, monkeypatch):
+    import icone
+    asked = []
+    np.savez(tmp_path / "small.npz", **small_arrays(12, 12))
+    monkeypatch.setattr(icone, "through_window", lambda images: asked.append(images) or (_ for _ in ()).throw(Made))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["icone.py", *f"{SMALL} --window 77".split()])
+    with pytest.raises(Made):
+        icone.main()
+    assert asked == [77]
 
 
 @command("--epochs 1 --width 4")
