@@ -5,7 +5,7 @@ r"""Few images, unequal classes, small batches: every method beside IConE, as ma
         --methods IConE VICReg SimCLR --options width=8 views=poses       # mri.py makes them
 
 So many training images at random, where classes are unequal class k of K keeps R^(-k / (K - 1)) of the largest; 4,000 test
-images, which are balanced. At batch 1 IConE alone; FALCON, whose prior wants many images at a time, from 16 on. Views are
+images, which are balanced. At batch 1 IConE alone. Views are
 the default's, which fashion.py chose on images held out from training. Runs the scripts as a user does, on the CPU, one
 thread a run, `jobs` at a time, into runs/few-images; goes on where it stopped.
 """
@@ -19,7 +19,7 @@ from common import METHODS, apart, interval, make, of, options_of_all, over, run
 from kernels.harness.cli import read_data
 
 METHODS = {**METHODS, "FALCON": ("falcon.py", [])}
-LEAST = {"IConE": 1, "VICReg": 4, "SimCLR": 4, "FALCON": 16}                                                 # batches
+LEAST = {"IConE": 1, "VICReg": 4, "SimCLR": 4, "FALCON": 4}                                                  # batches
 PROBES = ["k-NN", "linear", "5 a class"]
 COLUMNS = [*PROBES, "RankMe", "TwoNN"]
 
