@@ -89,4 +89,4 @@ def test_every_run_of_few_images_sees_as_many(tmp_path, monkeypatch):
             seen = len(found["train_images"]) * int(options[options.index("--epochs") + 1])
         assert abs(seen - 800) <= count and options[options.index("--batch") + 1] == str(size)
         assert size > 1 or (name, script) == ("IConE", "icone.py")
-    assert len(jobs) == 2 * 2 * (1 + 3 + 4 + 4)
+    assert len(jobs) == 2 * 2 * (1 + 4 + 4 + 4)

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .numbers import number_range
+from .processes import NotFinite
 
 # images [N, C, *S]: a tensor, uint8 (0 to 255) or float (0 to 1), or Images, which gives such tensors.
 # labels [N] int64, numbers of `classes`, or None.
@@ -110,10 +111,6 @@ def digest(data):
         if labels is not None:
             mark = zlib.crc32(labels.numpy().tobytes(), mark)
     return mark
-
-
-class NotFinite(ValueError):
-    """Weights or features are no numbers any more."""
 
 
 @torch.no_grad()

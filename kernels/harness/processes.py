@@ -21,8 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .images import NotFinite
-
 
 # ---- Several processes, each with its share of every batch -------------------------------------------------
 def join_process_group(device):
@@ -150,6 +148,10 @@ def noted_signals():
 
 
 # ---- How a script ends -------------------------------------------------------------------------------------
+class NotFinite(ValueError):
+    """Features are no numbers any more."""
+
+
 def die(message, code=2):
     """How a script ends on a user's mistake: with one line, whatever the message quotes."""
     if rank():
