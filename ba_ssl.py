@@ -73,8 +73,7 @@ class BatchFusion(nn.Module):
         super().__init__()
         if mixing not in ("conv", "random", "grouped", "mixup"):
             raise ValueError(f"mixing {mixing!r} is none of conv, random, grouped, mixup")
-        few = batch == 2 and (patch == 1 or mixing == "mixup")       # less the own image nothing is left
-        if batch < 2 or layers < 1 or few:
+        if batch < 2 or layers < 1 or batch == 2 and (patch == 1 or mixing == "mixup"):      # nothing is left
             raise ValueError(f"batch {batch}, layers {layers}, patch {patch}: two images and a layer; of "
                              "patches of one pixel, or for mixup, three images")
         self.batch = batch
@@ -386,13 +385,13 @@ def main():
     args, state = parse(parser)
     if not args.projector and args.loss != "icone":
         die(f"--projector none is for --loss icone: give {args.loss} sizes, as 512-128")
-    unused = typed() & {"--layers", "--patch", "--share", "--mixing", "--both", "--keep-slots"}
-    if not args.no_fusion:
-        unused &= {"--layers", "--patch"} if args.mixing == "mixup" else set()
-    if args.loss != "simclr":
-        unused |= typed() & {"--temperature"}
-    if unused:
-        die(f"{', '.join(sorted(unused))}: no effect with --no-fusion, mixup, --loss {args.loss}: leave out")
+    for name, chosen, unused in (
+            ("--no-fusion", args.no_fusion,
+             {"--layers", "--patch", "--share", "--mixing", "--both", "--keep-slots"}),
+            ("--mixing mixup", args.mixing == "mixup", {"--layers", "--patch"}),
+            (f"--loss {args.loss}", args.loss != "simclr", {"--temperature"})):
+        if chosen and unused & typed():
+            die(f"{name} has no {', '.join(sorted(unused & typed()))}: leave out either")
     data = load_data(args)
     canvas = data.images.shape[2:]
     own = args.batch // world_size()                             # a process fuses its own images

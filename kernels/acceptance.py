@@ -7,9 +7,8 @@ Part A, correctness, of the plain-torch and of the Triton path: the kernel tests
 torch.compile with fullgraph, CUDA graphs, another stream, no waiting for the GPU; banks over 2^31 elements;
 autocast and bf16; runs equal to the bit; input between NaN. Part B, time and memory, forward + backward in
 fp32, medians: the textbook form, torch.compile of it, other simple forms, the released one where there is
-one, both of ours. "faster" and "less"
-are the textbook's figure over that of the path which impl="auto" takes; "of the fastest" is the time of the
-fastest form over ours.
+one, both of ours. "faster" and "less" are the textbook's figure over that of the path which impl="auto"
+takes; "of the fastest" is the time of the fastest form over ours.
 
 Every bar is a line in BARS or TIMES and ends as PASS, FAIL or "not here" (no GPU, no Triton, too little
 memory). Checks that fail, die or hang leave the rest alone: each group of them has a process of its own. Exit

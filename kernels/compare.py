@@ -9,11 +9,10 @@ are empty.
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
-from .harness.processes import print_any_name
+from .harness.processes import for_a_reader, print_any_name
 
 COLUMNS = "k-NN", "linear", "1 a class", "5 a class", "10 a class"       # of the trained encoder
 PANEL = "RankMe", "participation", "raw std", "cosine", "view ratio"     # of z
@@ -160,8 +159,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with for_a_reader():
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:                              # head has read what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -53,19 +53,16 @@ def main():
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as kernels/harness/start.py
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .harness.embedding import command               # now: packages take seconds to load
-    from .harness.processes import print_any_name
+    from .harness.processes import for_a_reader, print_any_name
     print_any_name()
     for number in (signal.SIGINT, signal.SIGTERM):       # from here on there may be files to take back
         signal.signal(number, signal.default_int_handler)
     try:
-        command(args)
-        sys.stdout.flush()
+        with for_a_reader():
+            command(args)
     except KeyboardInterrupt:
         print("embed: ended before all was done: give the command again", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:                              # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except (OSError, ValueError) as error:
         refuse(str(error))
 

@@ -124,8 +124,7 @@ def options(method, description, batch, epochs, lr, least_batch=1):
 
     add = parser.add_argument_group("encoder").add_argument
     add("--width", type=bounded(int, 3, 10_000), default=16,
-        help="channels of the encoder's stem, 3 at least, or of small canvases a norm would see one number; "
-        "features are 8 x this")
+        help="channels of the encoder's stem, 3 at least; features are 8 x this")
     add("--depth", type=bounded(int, 1, 1000), default=1, help="residual blocks in each of three stages")
     add("--init", type=filled,
         help="a run's folder or encoder.pt: start from its encoder; --width and --depth are its own then")

@@ -126,7 +126,7 @@ def encode(function, images, rows=None, device=None, axis=0):
     parts = [function(pixels(images, part, device)) for part in in_parts(images, rows)]
     found = torch.cat(parts, axis)
     if not found.isfinite().all():
-        raise NotFinite("features are not finite: start anew, with a lower --lr")
+        raise NotFinite("what it gives is not finite")
     return found
 
 

@@ -8,7 +8,6 @@ Exit code 0: no collapse; 3: collapsed, wholly or in part; 4: cannot tell, or no
 """
 import argparse
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from ..collapse import _Rows, collapse_panel, verdict
 from .files import atomic_write
 from .folders import cells_of, place_of, rows_of, same_name
-from .processes import print_any_name
+from .processes import for_a_reader, print_any_name
 
 HEALTHY, COLLAPSED, UNKNOWN, MISTAKE = 0, 3, 4, 2
 TRIED = "embeddings", "features", "z", "h", "test_features", "train_features"      # keys, in this order
@@ -394,11 +393,8 @@ def in_one_order(args, files, sets):
 
 
 def main():
-    try:
+    with for_a_reader():
         command()
-    except BrokenPipeError:                              # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def command():

@@ -66,8 +66,8 @@ def quick_probe(model, data):
     z = model.projector(h_test[sample_rows(len(h_test), 256)])
     found = {"RankMe": collapse_panel(z)["RankMe"]}
     if data.labels is not None:
-        h = encode(model.encoder, data.images)
-        found["knn"] = knn_accuracy(h, data.labels, h_test, data.test_labels)
+        found["knn"] = knn_accuracy(
+            encode(model.encoder, data.images), data.labels, h_test, data.test_labels)
     return found
 
 

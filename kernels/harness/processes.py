@@ -182,6 +182,17 @@ def print_any_name():
             stream.reconfigure(errors="backslashreplace")
 
 
+@contextmanager
+def for_a_reader():
+    """Where what is printed goes into another program, as head, that may end first: ends with it, quietly."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
 def launch(main):
     """Calls a script's main(); a signal, a full disk, a lost folder or little memory end it with one line."""
     if rank():
