@@ -211,17 +211,17 @@ if triton is not None:
     def _slab(
             q,  # [B, d], scaled; strides stride_q, stride_qd
             bank,  # [N, d]; strides stride_m, stride_md
-            exclude,  # [B, EXCLUDE] rows of the bank, contiguous; not read if EXCLUDE is 0
-            target,  # [B] rows of the bank; not read without TARGET
+            exclude,  # [B, excluded] rows of the bank, contiguous; not read without EXCLUDE
+            target,  # [B] rows of the bank, contiguous; not read without TARGET
             top,  # [slabs, B] out, maxima
             total,  # [slabs, B] out, sums
             out,  # [slabs, B, d] out, sums of weighted bank rows; not written without OUTPUT
             positive,  # [B] out, s of the target, by the slab that it is in; only with TARGET
-            B, N, d, rows_per_slab,
+            B, N, d, excluded, rows_per_slab,
             stride_q, stride_qd,
             stride_m, stride_md,
             SOFTMAX: tl.constexpr,  # 2^s and its maximum; else max(0, s)^2
-            EXCLUDE: tl.constexpr,  # how many rows each query leaves out
+            EXCLUDE: tl.constexpr,  # whether queries leave out rows
             TARGET: tl.constexpr,  # whether there are targets
             OUTPUT: tl.constexpr,  # whether out is asked for
             OWN: tl.constexpr,  # queries of a program
@@ -251,9 +251,10 @@ if triton is not None:
                 own = tl.sum(tl.where(n[None, :] == y[:, None], s, 0.), axis=1)
                 tl.store(positive + b, own, mask=(y >= start) & (y < start + OTHER))
             s = tl.where((n < last)[None, :], s, -float("inf"))
-            for number in tl.static_range(EXCLUDE):
-                without = tl.load(exclude + b * EXCLUDE + number, mask=b < B, other=-1)
-                s = tl.where(n[None, :] == without[:, None], -float("inf"), s)
+            if EXCLUDE:
+                for number in range(0, excluded):
+                    without = tl.load(exclude + b * excluded + number, mask=b < B, other=-1)
+                    s = tl.where(n[None, :] == without[:, None], -float("inf"), s)
             if SOFTMAX:
                 new = tl.maximum(high, tl.max(s, axis=1))
                 shift = tl.where(new == -float("inf"), 0., new)                # all excluded so far
@@ -280,13 +281,13 @@ if triton is not None:
     def _bank_rows(
             q,  # [B, d], scaled; strides stride_q, stride_qd
             bank,  # [N, d]; strides stride_m, stride_md
-            exclude,  # [B, EXCLUDE] rows of the bank, contiguous; not read if EXCLUDE is 0
-            target,  # [B] rows of the bank; not read without TARGET
+            exclude,  # [B, excluded] rows of the bank, contiguous; not read without EXCLUDE
+            target,  # [B] rows of the bank, contiguous; not read without TARGET
             top, rest,  # [B], log2 of the sums in two parts; not read without SOFTMAX
             positive,  # [B], s of the target as the forward had it; not read without TARGET
             g,  # [B], upstream gradient
             dm,  # [N, d] out, contiguous
-            B, N, d,
+            B, N, d, excluded,
             stride_q, stride_qd,
             stride_m, stride_md,
             SOFTMAX: tl.constexpr,
@@ -312,9 +313,10 @@ if triton is not None:
             if TARGET:
                 y = tl.load(target + b, mask=b < B, other=-1)[None, :]
                 s = tl.where(n[:, None] == y, tl.load(positive + b, mask=b < B, other=0.)[None, :], s)
-            for number in tl.static_range(EXCLUDE):
-                without = tl.load(exclude + b * EXCLUDE + number, mask=b < B, other=-1)
-                s = tl.where(n[:, None] == without[None, :], -float("inf"), s)
+            if EXCLUDE:
+                for number in range(0, excluded):
+                    without = tl.load(exclude + b * excluded + number, mask=b < B, other=-1)
+                    s = tl.where(n[:, None] == without[None, :], -float("inf"), s)
             if SOFTMAX:
                 s -= tl.load(top + b, mask=b < B, other=0.)[None, :]
                 s -= tl.load(rest + b, mask=b < B, other=0.)[None, :]
@@ -336,8 +338,8 @@ if triton is not None:
 def _tiles(d, hopper=False):
     """Static tile sizes, the largest found that spill no registers: results do not depend on a search.
 
-    hopper: whether the GPU is Hopper or newer. There four warps have room for two programs on a processor;
-    before, they would spill.
+    hopper: whether launch.is_hopper. There four warps have room for two programs on a processor; elsewhere
+    they would spill.
     """
     part = min(128, max(16, triton.next_power_of_2(d)))
     sizes = dict(OWN=OWN, OTHER=OTHER, BLOCK_K=min(32, part), SLICE=part)
@@ -362,8 +364,8 @@ def _forward_triton(q, bank, exclude, target, softmax, with_output):
     positive = q.new_empty(0 if target is None else B)
     count = 0 if exclude is None else exclude.shape[1]
     with on_device(q):
-        _slab[blocks, slabs, parts](q, bank, exclude, target, top, total, out, positive, B, N, d,
-                                    rows_per_slab, *q.stride(), *bank.stride(), softmax, count,
+        _slab[blocks, slabs, parts](q, bank, exclude, target, top, total, out, positive, B, N, d, count,
+                                    rows_per_slab, *q.stride(), *bank.stride(), softmax, count > 0,
                                     target is not None, with_output, **tiles)
     if softmax:
         return *_merge(top, total, out), positive
@@ -378,8 +380,8 @@ def _backward_triton(q, bank, exclude, target, top, rest, positive, g, softmax):
     count = 0 if exclude is None else exclude.shape[1]
     grid = triton.cdiv(len(bank), OWN), triton.cdiv(d, tiles["SLICE"])
     with on_device(q):
-        _bank_rows[grid](q, bank, exclude, target, top, rest, positive, g, dm, B, len(bank), d,
-                         *q.stride(), *bank.stride(), softmax, count, target is not None, **tiles)
+        _bank_rows[grid](q, bank, exclude, target, top, rest, positive, g, dm, B, len(bank), d, count,
+                         *q.stride(), *bank.stride(), softmax, count > 0, target is not None, **tiles)
     return dm
 
 
@@ -534,6 +536,7 @@ def _apply(q, bank, temperature, exclude, target, softmax, impl):
     check_temperature(temperature)
     if target is not None:
         _check_rows("target", target, 1, q, bank)
+        target = target.contiguous()                   # as the kernels read it
     # All pairs of one tensor: both gradients are the same sum, made once. From other indices it cannot be
     # told whether they are each row's own, but by a look at them.
     symmetric = not softmax and q is bank and (exclude is None or isinstance(exclude, str))

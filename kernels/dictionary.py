@@ -10,8 +10,10 @@ the dictionary, a CPU holds it as bytes, small ones as fp32, and both have the s
 Arithmetic and bytes. The textbook form keeps p and log p of both views and their gradients, some ten arrays
 of n x c numbers: 700 MB at n = 64, c = 262,144. Streaming over the codes keeps O(n f + c), at the price of
 making the logits three times instead of once: 16 n c f operations, forward and backward, against 8 with the
-logarithms of p kept, which is what a CPU does as long as they fit KEEP. On tensor cores signs are exact in
-bf16, and any fp32 number is exactly the sum of three bf16 numbers: three such products are as good as fp32.
+logarithms of p kept, which is what a CPU does as long as they fit KEEP. (Triton has a pass of its own for the
+mean assignment: 20, each in three products.) On tensor cores signs are exact in bf16, and any fp32 number is
+exactly the sum of three bf16 numbers: three such products are as good as fp32, where no long sum is left to
+the tensor cores, whose accumulators round towards zero (Ootomo, Yokota 2022).
 
 Accumulation is fp32, also inside autocast; float64 stays float64.
 """
@@ -280,12 +282,13 @@ if triton is not None:
             STEP: tl.constexpr,
             BF16: tl.constexpr,
     ):
-        """s + features k to k + STEP of these rows times signs."""
+        """s + features k to k + STEP of these rows times signs, s by an addition outside of the products."""
+        some = tl.zeros_like(s)
         at = h + row.to(tl.int64)[:, None] * width + k + tl.arange(0, STEP)[None, :]
         for part in tl.static_range(3):
             tile = tl.load(at + part * plane, mask=row[:, None] < rows, other=0.)
-            s = _dot(tile, signs, s, BF16)
-        return s
+            some = _dot(tile, signs, some, BF16)
+        return s + some
 
     @triton.jit
     def _logits(
@@ -547,9 +550,11 @@ if triton is not None:
             signs = _signs(first + place, part, words, offset, STEP, BF16)
             at = slopes + row.to(tl.int64)[:, None] * stride + place[None, :]
             inside = (row[:, None] < rows) & (place[None, :] < end)
+            some = tl.zeros_like(acc)
             for number in tl.static_range(3):
                 tile = tl.load(at + number * plane, mask=inside, other=0.)
-                acc = _dot(tile, signs, acc, BF16)
+                some = _dot(tile, signs, some, BF16)
+            acc += some
         cols = part + tl.arange(0, STEP)[None, :]
         at = (slab.to(tl.int64) * rows + row)[:, None] * f + cols
         tl.store(out + at, acc, mask=(row[:, None] < rows) & (cols < f))

@@ -40,6 +40,8 @@ def _compiles(index):
         reason = f"Triton {triton.__version__} is too old, 3.3 is needed"
     else:
         try:
+            if not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
+                raise NotImplementedError("its tensor cores take neither tf32 nor bf16")
             with torch.cuda.device(index):
                 _count_up[(1,)](torch.zeros(1, device="cuda"))
             return True
@@ -49,8 +51,10 @@ def _compiles(index):
     return False
 
 
-# torch.compile calls it while it traces and takes the answer for a constant.
-_compiles_now = torch.compiler.assume_constant_result(_compiles)
+@torch.compiler.assume_constant_result
+def _compiles_now(index):
+    """torch.compile calls it while it traces, and takes the answer for a constant."""
+    return _compiles(index)                            # it would look through the cache's wrapper
 
 
 def pick(impl, tensors, worthwhile=True):
@@ -92,8 +96,10 @@ def programs(x):
 
 
 def is_hopper(x):
-    """Whether x is on an NVIDIA GPU of Hopper's generation or newer."""
-    return x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """Whether x is on an NVIDIA GPU with Hopper's matrix units, or Blackwell's of data centres."""
+    if not x.is_cuda or torch.version.hip:
+        return False
+    return (9, 0) <= torch.cuda.get_device_capability(x.device) < (12, 0)
 
 
 def opaque(name, fake):

@@ -63,7 +63,7 @@ def kernels(target_name):
         tiles = bank._tiles(d, hopper=target_name in ("sm_90", "sm_100"))
         ones = dict(d=1, B=1) if d == 1 else {}
         for softmax in (True, False):
-            flags = dict(SOFTMAX=softmax, EXCLUDE=int(d > 1), OUTPUT=d > 1, TARGET=softmax)
+            flags = dict(SOFTMAX=softmax, EXCLUDE=d > 1, OUTPUT=d > 1, TARGET=softmax)
             constants = dict(stride_qd=1, stride_md=1, **ones, **flags, **tiles)
             for name in ("_slab", "_bank_rows"):
                 kind = "softmax" if softmax else "repulsion"

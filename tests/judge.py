@@ -1,4 +1,5 @@
-"""How kernel tests judge a result: its relative error, and inputs that lie between NaN."""
+"""How kernel tests judge a result: its relative error, inputs that lie between NaN, and far apart."""
+import pytest
 import torch
 
 
@@ -13,3 +14,10 @@ def nan_padded(x):
     storage = torch.full((n + 5, d + 7), torch.nan, dtype=x.dtype, device=x.device)
     storage[2:2 + n, 3:3 + d] = x
     return storage[2:2 + n, 3:3 + d]
+
+
+def room(numbers, device):
+    """Storage of so many fp16 numbers, of which a test touches few; the test is skipped on a GPU that has not so much."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 3 * numbers:
+        pytest.skip(f"needs {3 * numbers / 2 ** 30:.0f} GiB of a GPU's memory")
+    return torch.empty(numbers, dtype=torch.float16, device=device)

@@ -65,10 +65,29 @@ def test_a_group_that_dies_hangs_or_raises_loses_only_what_was_to_come(end, word
         yield "first", 3.
         end()
     monkeypatch.setattr(acceptance, "answers", answers)
+    monkeypatch.setattr(acceptance, "GROUP_LIMIT", 1)
     found = acceptance.collect("torch", "cpu", True, limit=1)
     assert found["first"] == 3.
     verdict, note = found[""]
     assert verdict == "FAIL" and words in note
+
+
+def test_a_group_that_the_others_left_no_time_has_not_failed(monkeypatch):
+    monkeypatch.setattr(acceptance, "answers", lambda *which: signal.pause())
+    assert acceptance.collect("torch", "cpu", True, limit=0)[""] == (
+        "not here", "no time was left: run it again, compiled kernels are kept")
+
+
+def test_a_group_that_hangs_with_time_enough_has_failed(monkeypatch):
+    monkeypatch.setattr(acceptance, "answers", lambda *which: signal.pause())
+    monkeypatch.setattr(acceptance, "GROUP_LIMIT", 2.5)
+    assert acceptance.collect("torch", "cpu", True, limit=1)[""] == ("FAIL", "stopped after 1 s")
+
+
+def test_a_form_of_ours_that_is_wrong_is_no_note_beside_a_pass(monkeypatch):
+    monkeypatch.setattr(acceptance, "check", lambda case: [("torch", "disagrees with float64")])
+    with pytest.raises(AssertionError, match="torch: disagrees"):
+        acceptance.measured("bank", (8, 100, 16), "cpu", True)
 
 
 @pytest.mark.parametrize("sense, figure, verdict", [

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from judge import error, nan_padded
+from judge import error, nan_padded, room
 from kernels.benchmark import peak_memory
 from kernels.bank import (bank_cross_entropy, bank_logsumexp, bank_reference, bank_repulsion, bank_topk,
                           triton, unit_rows)
@@ -174,7 +174,7 @@ def test_memory_grows_with_the_bank_not_with_batch_times_bank(device, unit, indi
             call()                                    # what is allocated once and for all
         return peak_memory(call, device)
     detached = [peak(n, (True, False)) for n in sizes]
-    assert max(detached) < 1.01 * min(detached)
+    assert max(detached) < (1.1 if device == "cuda" else 1.01) * min(detached)       # slabs by the GPU's processors
     assert detached[-1] < .05 * 4 * 64 * sizes[-1]
     for n, fixed in zip(sizes, detached):
         assert peak(n, (True, True)) - 4 * 16 * n < 1.1 * fixed
@@ -288,7 +288,7 @@ def test_a_detached_bank_may_change_before_the_backward(impl, unit, indices):
 @pytest.mark.skipif(triton is None, reason="needs triton")
 def test_offsets_are_64_bit_on_both_axes(device, unit, indices):
     """Rows and columns 2^30 apart, as in a transposed queue: the storage is address space, hardly touched."""
-    storage = torch.empty(3 * 2 ** 30 + 64, dtype=torch.float16, device=device)
+    storage = room(3 * 2 ** 30 + 64, device)
     q = unit(2, 4)
     for shape, strides in [((5, 4), (1, 2 ** 30 + 7)), ((4, 4), (2 ** 30 + 7, 1))]:
         bank = storage.as_strided(shape, strides)
@@ -431,7 +431,8 @@ def test_an_excluded_list_may_repeat_up_to_all_rows_or_be_empty(impl, unit, devi
 def test_the_reference_with_exclude_and_a_trained_temperature_has_its_gradient(unit):
     """By central differences, and as the fused form's."""
     q, bank = unit(6, 5).double(), unit(9, 5, 1).double()
-    exclude, target = torch.arange(6)[:, None], torch.arange(6) + 1
+    exclude = torch.arange(6, device=q.device)[:, None]
+    target = exclude[:, 0] + 1
 
     def value(t, function):
         return function(q, bank, t)
@@ -570,3 +571,16 @@ def test_unit_rows_are_normalised_and_a_row_of_zeros_stays_and_has_no_gradient(d
     others = torch.arange(6) != 2
     assert unit[2].eq(0).all() and x.grad[2].eq(0).all()
     assert error(x.grad[others], wide.grad[others]) < (1e-2 if dtype.itemsize == 2 else 1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("excluded", [0, 1, 3])
+def test_targets_are_read_as_they_lie(impl, excluded, unit, device):
+    """Columns of a table, every other one of a list, one number expanded."""
+    q, bank = unit(6, 8), unit(50, 8, 1)
+    table = torch.randint(50, (12, 2), generator=torch.Generator().manual_seed(0)).to(device)
+    exclude = (table[:6, 1:] + torch.arange(1, excluded + 1, device=device)) % 50 if excluded else None
+    for target in (table[:6, 0], table[:, 0][::2], table[3, 0].expand(6)):
+        expected = run(reference("cross_entropy"), q.double(), bank.double(), target.clone(), exclude, .2)
+        for got, truth in zip(run(streamed("cross_entropy", impl), q, bank, target, exclude, .2), expected):
+            assert error(got, truth) < 1e-5

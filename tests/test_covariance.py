@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from judge import error, nan_padded
+from judge import error, nan_padded, room
 from kernels import variance_covariance, variance_covariance_reference
 from kernels.benchmark import facebookresearch_form, peak_memory
 from kernels.launch import triton
@@ -196,7 +196,7 @@ def test_two_runs_agree_to_the_bit(impl, embeddings):
 @pytest.mark.skipif(triton is None, reason="needs triton")
 def test_offsets_are_64_bit(device, embeddings):
     """Row 2 starts past 2^31 elements. But for three rows the storage is never touched: it costs address space only."""
-    z = torch.empty(2 ** 31 + 32, dtype=torch.float16, device=device).as_strided((3, 8), (2 ** 30 + 7, 1))
+    z = room(2 ** 31 + 32, device).as_strided((3, 8), (2 ** 30 + 7, 1))
     z.copy_(embeddings(3, 8))
     same = z.contiguous()
     assert all(torch.equal(a, b) for a, b in zip(run(variance_covariance, same, impl="triton"),

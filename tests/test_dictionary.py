@@ -1,6 +1,7 @@
 """kernels/dictionary.py against float64 and the plain form: values, gradients, extreme logits, memory, the signs."""
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +9,7 @@ from judge import error, nan_padded
 from kernels import dictionary
 from kernels.benchmark import peak_memory
 from kernels.dictionary import dictionary_loss, dictionary_reference, dictionary_signs
-from kernels.launch import triton
+from kernels.launch import INTERPRETED, triton
 
 SHAPES = [(1, 1, 2), (2, 40, 33), (5, 7, 1), (33, 20, 130), (70, 65, 33), (8, 70, 100)]                  # n, f, c
 IMPLS = ["torch"] + ["triton"] * (triton is not None)
@@ -66,6 +67,29 @@ def test_error_is_at_most_twice_that_of_the_fp32_reference(shape, softer, prior,
         least.append([floor(impl) * max(1., math.log(c) / (truth[0].abs().item() or 1)), *3 * [floor(impl)]])
     ours, theirs, least = (torch.tensor(e).square().mean(0).sqrt() for e in (ours, theirs, least))  # rms over seeds
     assert (ours <= torch.maximum(2 * theirs, least)).all(), (ours, theirs, least)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter, in which one can round otherwise")
+def test_products_that_round_towards_zero_cost_no_digits(views, monkeypatch):
+    """As accumulators of NVIDIA's tensor cores do (Ootomo, Yokota 2022): sixteen products, then the sum is cut to fp32. A
+    sum of thousands left to them would shrink: here to 3.5 times the error of the plain form."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, *options):
+        total = d.data
+        for k in range(0, a.data.shape[1], 16):
+            wide = total.astype(np.float64) + a.data[:, k:k + 16].astype(np.float64) @ b.data[k:k + 16].astype(np.float64)
+            near = wide.astype(np.float32)
+            total = np.where(np.abs(near) > np.abs(wide), np.nextafter(near, np.float32(0)), near)
+        return TensorHandle(total, d.dtype.scalar)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    n, f, c = 16, 2048, 100
+    t = 4 * released_temperature(n, f)
+    single = [x.float() for x in views(n, f)]
+    truth = run(plain(c, 0, t, "reverse"), [x.double() for x in single])
+    ours = [error(g, x) for g, x in zip(run(streamed(c, 0, t, "reverse", "triton"), single), truth)]
+    theirs = [error(g, x) for g, x in zip(run(plain(c, 0, t, "reverse"), single), truth)]
+    assert max(ours[2:]) < 2 * max(theirs[2:]), (ours, theirs)
 
 
 @pytest.mark.parametrize("prior", PRIORS)

@@ -34,24 +34,24 @@ class BesideItsFake(TorchDispatchMode):
         return found
 
 
-def laid_out(rows, columns):
+def laid_out(rows, columns, device):
     """[rows, columns] as it lies usually, transposed, with gaps, and expanded."""
-    yield torch.randn(rows, columns)
-    yield torch.randn(columns, rows).T
-    yield torch.randn(rows, 2 * columns)[:, ::2]
-    yield torch.randn(1, columns).expand(rows, columns)
+    yield torch.randn(rows, columns, device=device)
+    yield torch.randn(columns, rows, device=device).T
+    yield torch.randn(rows, 2 * columns, device=device)[:, ::2]
+    yield torch.randn(1, columns, device=device).expand(rows, columns)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_operators_return_what_their_fakes_say(impl, monkeypatch):
+def test_operators_return_what_their_fakes_say(impl, device, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)        # then functions call the operators
     with BesideItsFake() as beside:
-        for x in laid_out(12, 24):
+        for x in laid_out(12, 24, device):
             x = x.detach().requires_grad_()
-            for bank_rows in laid_out(40, 24):
+            for bank_rows in laid_out(40, 24, device):
                 for trained in (False, True):
                     rows = bank_rows.detach().requires_grad_(trained)
-                    bank_cross_entropy(x, rows, torch.arange(12), .2, impl=impl).sum().backward()
+                    bank_cross_entropy(x, rows, torch.arange(12, device=device), .2, impl=impl).sum().backward()
                     bank_repulsion(x, rows, impl=impl).sum().backward()
             bank_repulsion(x, x, "self", impl=impl).sum().backward()
             for side in ("gram", "covariance"):
@@ -82,9 +82,45 @@ def test_a_triton_that_cannot_compile_is_passed_by_with_a_warning(monkeypatch):
             raise RuntimeError("Failed to find C compiler")
     monkeypatch.setattr(launch, "_count_up", Broken())
     monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(launch.torch, "zeros", lambda *sizes, **options: torch.empty(1))
     with pytest.warns(UserWarning, match="C compiler"):
         assert not launch._compiles.__wrapped__(0)
+
+
+@needs_triton
+def test_tensor_cores_without_tf32_and_bf16_are_passed_by_with_a_warning(monkeypatch):
+    """A T4's: kernels compile for them, without a matrix instruction and with thousands of bytes spilled."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    with pytest.warns(UserWarning, match="neither tf32 nor bf16"):
+        assert not launch._compiles.__wrapped__(0)
+
+
+@needs_triton
+def test_a_driver_that_fails_is_passed_by_with_a_warning(monkeypatch):
+    def fail(index):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    with pytest.warns(UserWarning, match="not compiled with CUDA"):
+        assert not launch._compiles.__wrapped__(0)
+
+
+def test_under_torch_compile_the_answer_is_a_constant(monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "_compiles", lambda index: bool(asked.append(index)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache")              # Dynamo would look through it
+        compiled = torch.compile(lambda x: x + launch._compiles_now(3), fullgraph=True, backend="eager")
+        for _ in range(3):
+            assert compiled(torch.ones(1)) == 1
+    assert asked == [3]
+
+
+@pytest.mark.parametrize("capability, hopper", [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True),
+                                                ((10, 3), True), ((12, 0), False), ((12, 1), False)])
+def test_whose_matrix_units_are_hoppers(capability, hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch.is_hopper(on_a_gpu()) == (hopper and not torch.version.hip)
 
 
 def on_a_gpu():
