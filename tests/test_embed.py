@@ -8,13 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from kernels.harness import instrument
-from kernels.harness.embedding import write_features
+from kernels.harness.embedding import files_of, write_features
 from kernels.harness.prepare import load_encoder
+from kernels.harness.reading import read_images
 from scripts import ONE_THREAD, ROOT, SMALL, call, call_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,8 +286,82 @@ def test_names_with_lines_of_their_own_and_letters_of_no_alphabet(few):
     assert len((few / "f.skipped.txt").read_text(encoding="utf-8").splitlines()) == 1
     head, *rows = csv.reader((few / "f.csv").open(newline="", encoding="utf-8"))
     assert {len(row) for row in rows} == {len(head)} == {33} and len(rows) == count
-    assert {*names[:-1], "a?.png"} <= {row[0] for row in rows}
+    assert {*names[:-1], r"a\udcff.png"} <= {row[0] for row in rows}
     assert np.allclose([[float(cell) for cell in row[1:]] for row in rows], np.load(few / "f.npy"), rtol=1e-5)
+
+
+def test_names_that_are_no_utf8_stay_apart(few):
+    for byte in b"\xe4\xf6\xfc":
+        Image.fromarray(image(byte)).save(few / "new.png")
+        (few / "new.png").rename(few / "set" / os.fsdecode(b"M%c.png" % byte))
+    expected = {r"M\udce4.png", r"M\udcf6.png", r"M\udcfc.png"}
+    for out in ("f.csv", "f.npy"):
+        done = embed(few, "run", "set", "--out", out, "--like", "set/" + os.fsdecode(b"M\xe4.png"))
+        assert done.returncode == 0, done.stderr
+        text = (few / out).with_suffix(".txt" if out == "f.npy" else ".csv").read_text(encoding="utf-8")
+        assert all(text.count(name) == 1 and name in done.stdout for name in expected)
+
+
+@pytest.mark.parametrize("form, stray", [("tif", "npy"), ("npy", "nii.gz")])
+def test_a_stray_file_does_not_take_the_place_of_all_volumes(form, stray, tmp_path):
+    x = np.random.default_rng(0).integers(0, 4000, (12, 8, 16, 16)).astype(np.uint16)
+    (tmp_path / "set").mkdir()
+    for k, own in enumerate(x):
+        if form == "npy":
+            np.save(tmp_path / "set" / f"{k:02}.npy", own)
+        else:
+            tifffile.imwrite(tmp_path / "set" / f"{k:02}.tif", own)
+    data = read_images(str(tmp_path / "set"), 16, pages="volume" if form == "tif" else "auto")
+    if stray == "npy":
+        np.save(tmp_path / "set" / "notes.npy", x[0])
+    else:
+        (tmp_path / "set" / "template.nii.gz").write_bytes(b"x")
+    names, _ = files_of(tmp_path / "set", data.prepare)
+    assert names == [f"{k:02}.{form}" for k in range(12)]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "No data left"), (b"none", "cannot be read as .npy"), (b"PK\x03\x04", "cannot be read as .npy")])
+def test_a_broken_npy_ends_in_one_line(content, words, place, tmp_path):
+    np.savez(tmp_path / "set.npz", train_images=np.random.default_rng(0).random((40, 8, 8, 8), dtype=np.float32))
+    assert call(tmp_path, *SMALL.split(), "--data", "set.npz", "--epochs", "1", "--out", "run") == 0
+    (tmp_path / "b.npy").write_bytes(content)
+    done = embed(tmp_path, "run", "b.npy", "--out", "f.npz")
+    assert done.returncode == 2 and words in done.stderr and "b.npy" in done.stderr and "unsafely" not in done.stderr
+    np.save(tmp_path / "one.npy", np.random.default_rng(1).random((8, 8, 8), dtype=np.float32))
+    done = embed(tmp_path, "run", "one.npy", "--out", "f.npz")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "f.npz") as found:
+        assert found["features"].shape[0] == 1 and [*found["files"]] == ["one.npy"]
+
+
+def test_white_for_transparency_is_said(place):
+    x = image(7, 20, 24, 4)
+    Image.fromarray(x).save(place / "clear.png")
+    done = embed(place, "run", "clear.png", "--out", "clear.npz")
+    assert done.returncode == 0 and "transparent in part, where they became white" in done.stdout, done.stderr or done.stdout
+
+
+@pytest.mark.parametrize("form", ["nii", "npy"])
+def test_volumes_are_taken_though_pictures_lie_beside_and_one_alone_is_one(form, tmp_path):
+    x = np.random.default_rng(0).integers(0, 4000, (24, 12, 12, 12)).astype(np.int16)
+    (tmp_path / "set").mkdir()
+    for k, own in enumerate(x):
+        if form == "npy":
+            np.save(tmp_path / "set" / f"{k:02}.npy", own)
+        else:
+            nibabel = pytest.importorskip("nibabel")
+            nibabel.save(nibabel.Nifti1Image(own, np.eye(4)), tmp_path / "set" / f"{k:02}.nii")
+    assert call(tmp_path, *SMALL.split(), "--data", "set", "--epochs", "1", "--out", "run") == 0
+    for k in range(5):
+        Image.fromarray(image(k)).save(tmp_path / "set" / f"preview {k}.png")
+    done = embed(tmp_path, "run", "set", "--out", "all.npz")
+    assert done.returncode == 0 and "taken 24 of 29 files; left out: 5 .png" in done.stdout, done.stderr or done.stdout
+    done = embed(tmp_path, "run", f"set/03.{form}", "--out", "one.npz")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "all.npz") as several, np.load(tmp_path / "one.npz") as one:
+        assert [*one["files"]] == [f"03.{form}"]
+        assert np.allclose(one["features"], several["features"][[*several["files"]].index(f"03.{form}")], atol=1e-5)
 
 
 def test_collapse_reads_names_of_no_alphabet(tmp_path):
@@ -295,7 +371,7 @@ def test_collapse_reads_names_of_no_alphabet(tmp_path):
         write_features(tmp_path / f"f.{form}", names, [(range(4), h)], 8)
         assert np.allclose(instrument.read(tmp_path / f"f.{form}"), h, rtol=1e-6)
         found = instrument.names_of(tmp_path / f"f.{form}", None, 4)
-        assert found[1] == "a?.png" and found[3] == "c.png"
+        assert found[1] == r"a\udcff.png" and found[3] == "c.png"
 
 
 MEMORY = """

@@ -118,6 +118,58 @@ def test_a_header_of_numbers_is_none_of_the_embeddings(place):
     assert "the first line, 0, 1, 2, ..., is taken as names" in done.stdout
 
 
+@pytest.mark.parametrize("corner", ["", "filename", "path"])
+def test_a_header_of_numbers_beside_names_is_none_of_the_embeddings(place, corner):
+    """As pandas writes them with names as its index."""
+    z = np.load(place / "z.npy")
+    lines = [f"img{k}.png," + ",".join(map(str, row)) for k, row in enumerate(z)]
+    (place / "indexed.csv").write_text("\n".join([f"{corner}," + ",".join(map(str, range(24))), *lines]) + "\n")
+    done, plain = run(place, "indexed.csv"), run(place, "z.npy")
+    assert done.stdout.splitlines()[2:] == plain.stdout.splitlines(), done.stdout
+    assert "the first line, 0, 1, 2, ..., is taken as names" in done.stdout
+
+
+@pytest.mark.parametrize("head, line", [
+    (",path,{}", "{k},a b/{k}.png,{}"), ("path,split,{}", "{k}.png,train,{}"), ("{},path", "{},{k}.png"), ("path,{}", "{k}.png,{}")])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_header_of_numbers_beside_other_columns(place, head, line, first):
+    z = np.load(place / "z.npy")
+    lines = [head.format(",".join(str(k + first) for k in range(24)))]
+    lines += [line.format(",".join(map(str, row)), k=k) for k, row in enumerate(z)]
+    (place / "beside.csv").write_text("\n".join(lines) + "\n")
+    samples, width = run(place, "beside.csv").stdout.split("samples")[1].split()[0], "24"
+    assert samples == "400" and width == "24"
+
+
+@pytest.mark.parametrize("row", [0, 7, 399])
+@pytest.mark.parametrize("cell, words", [("", "holds an empty cell among its numbers"), ("n/a", "holds words among its numbers, as n/a")])
+def test_a_cell_without_a_number_does_not_cost_its_column(place, row, cell, words):
+    lines = (place / "plain.csv").read_text().splitlines()
+    lines[row] = ",".join([cell, *lines[row].split(",")[1:]])
+    (place / "gap.csv").write_text("\n".join([",".join(f"f{k}" for k in range(24)), *lines]) + "\n")
+    done = run(place, "gap.csv")
+    assert done.returncode == 2 and f"row {row + 1} {words}" in done.stderr, done.stderr or done.stdout
+
+
+def test_images_without_a_label_and_rows_without_an_image(place):
+    np.savez(place / "with names.npz", z=np.load(place / "rare.npy"), files=[f"{k}.png" for k in range(400)])
+    rows = [f"{k}.png,{'rare' if k >= 390 else 'cat'}" for k in range(400)]
+    (place / "t.csv").write_text("\n".join(["file,class", *rows, "zzz.png,cat"]) + "\n")
+    done = run(place, "with names.npz", "--key", "z", "--labels", "t.csv")
+    assert done.returncode == 3 and "note: 1 rows of t.csv name no embedding, as zzz.png" in done.stdout
+    (place / "t.csv").write_text("\n".join(["file,class", "0.png,", *rows[1:]]) + "\n")
+    done = run(place, "with names.npz", "--key", "z", "--labels", "t.csv")
+    assert done.returncode == 2 and "t.csv has no label for 1 of 400 embeddings, as 0.png" in done.stderr
+    done = run(place, "rare.npy", "--labels", "t.csv")
+    assert done.returncode == 2 and "t.csv has no label in row 1: give each embedding one" in done.stderr
+
+
+def test_a_folder_is_named_as_one(place):
+    (place / "vicreg-1").mkdir()
+    done = run(place, "vicreg-1")
+    assert done.returncode == 2 and "vicreg-1 is a folder: give a file, as a run's features.npz" in done.stderr
+
+
 @pytest.mark.parametrize("name, text", [
     ("l.txt", "label\n{}"), ("l.tsv", "y\n{}"), ("l.tsv", "file\tclass\n{}"), ("l.csv", "class\n{}")])
 def test_files_of_labels(place, name, text):

@@ -106,6 +106,7 @@ def test_where_one_class_alone_is_looked_at_there_are_no_probes(capsys):
     data = data._replace(labels=torch.zeros_like(data.labels), test_labels=torch.zeros_like(data.test_labels))
     found = probes.probe(data, torch.rand(len(data.images), 8), torch.rand(len(data.test_images), 8))
     assert all(value != value for value in found.values()) and "features are of one class: no probes" in capsys.readouterr().out
+    assert "knn" not in probes.quick_probe(small_model("vicreg").eval(), data)     # it could only be 1
 
 
 def test_the_probes_are_those_of_scikit_learn_and_of_so_many_labels():

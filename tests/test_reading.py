@@ -468,7 +468,7 @@ def test_one_channel_among_three_that_are_no_colours_is_not_shown_thrice():
     write("set", stacks(3), tiff, imagej=True, metadata={"axes": "CYX"})
     tiff("set/012", numbers("u2", 0, 4096, (16, 16)))
     data = read_images("set", size=16)
-    assert data.skipped == [("012.tif", "its shape is [1, 16, 16], of most it is [3, 16, 16]")]
+    assert data.skipped == [("012.tif", "its shape is [1, 16, 16]; training's, or most files', is [3, 16, 16]")]
 
 
 # ---- Arrays ------------------------------------------------------------------------------------------------
@@ -892,7 +892,7 @@ def test_broken_volumes_are_skipped():
     x = numbers("f4", 0, 9, (50, 6, 7, 8))
     write("set", x, npy)
     harmed = np.where(x[0] > 8.9, np.nan, x[0])
-    broken = {"wrong shape": (volume(x[0][:5]), r"shape is \[5, 7, 8\], of most it is \[6, 7, 8\]"),
+    broken = {"wrong shape": (volume(x[0][:5]), r"shape is \[5, 7, 8\]; training's, or most files', is \[6, 7, 8\]"),
               "nan": (volume(harmed.astype("f4")), "NaN or infinite"),
               "beyond": (volume(np.full((6, 7, 8), 1e300)), "NaN or infinite"),
               "cut": (volume(x[0])[:-9], r"\w"), "none": (b"text", "no .npy file"),
@@ -1961,3 +1961,99 @@ def test_options_that_make_no_sense(words, said, capsys):
     assert call("--data", "set", "--size", "16", "--batch", "4", *words.split()) == 2
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("vicreg.py: ") and said in line
+
+
+def test_hidden_files_are_said(capsys):
+    x = numbers()
+    write("f", x, names=[f"{'.' if k % 4 == 0 else ''}{k}" for k in range(20)])
+    Path("f/._1.png").write_bytes(b"macOS's")
+    Path("f/.DS_Store").write_bytes(b"macOS's")
+    data = read_images("f", 16)
+    assert len(data.images) + len(data.test_images) == 15
+    assert "note: left out 5 hidden files, as .0.png: names that begin with a dot" in notes(capsys)
+
+
+@pytest.mark.parametrize("form", ["png", "tif"])
+def test_transparency_that_changes_pixels_is_said(form, capsys):
+    """tifffile marks a fourth channel as transparency, whatever it is."""
+    x = numbers(shape=(20, 16, 16, 4))
+    write("f", x, png if form == "png" else tiff, **{} if form == "png" else {"photometric": "rgb"})
+    data = read_images("f", 16)
+    a = x[..., 3:] / 255.
+    assert np.abs(by_number(data) - np.moveaxis(x[..., :3] * a + 255 * (1 - a), -1, 1)).max() < 1.01
+    said, = [note for note in notes(capsys) if "transparent" in note]
+    assert said.startswith("note: 20 files are transparent in part, where they become white (000.")
+    assert ("extrasamples=[0]" in said) == (form == "tif")
+    x[..., 3] = 255
+    write("opaque", x, png if form == "png" else tiff, **{} if form == "png" else {"photometric": "rgb"})
+    read_images("opaque", 16)
+    assert not [note for note in notes(capsys) if "transparent" in note]
+
+
+def test_a_fourth_channel_that_says_so_is_kept():
+    """What the note advises."""
+    x = numbers(shape=(20, 16, 16, 4))
+    write("f", x, tiff, photometric="rgb", extrasamples=[0])
+    data = read_images("f", 16)
+    assert data.images.shape[1] == 4
+    assert rank_correlation(by_number(data), np.moveaxis(x, -1, 1)) > .999
+
+
+def test_the_range_of_a_kind_is_none_of_niftis():
+    for k, own in enumerate(numbers(shape=(20, 8, 8, 8))):
+        Path("f").mkdir(exist_ok=True)
+        nifti(f"f/{k:02}", own)
+    with pytest.raises(ValueError, match="--range dtype: NIfTI's numbers are scaled.*give --range LOW HIGH"):
+        read_images("f", value_range=("dtype",))
+
+
+def test_options_that_do_nothing_for_these_files_are_said(capsys):
+    write("one page", numbers(), tiff)
+    read_images("one page", 16, pages="volume")
+    write("arrays", numbers(shape=(20, 8, 8, 8)), npy)
+    read_images("arrays", channels_last=False)
+    assert "note: --pages: without effect on these data" in notes(capsys)
+    write("flat", numbers(), npy)
+    read_images("flat", channels_last=True)
+    assert "note: --channels-last: without effect on these data" in notes(capsys)
+    write("pages", numbers(shape=(20, 5, 16, 16)), tiff)
+    read_images("pages", pages="volume")
+    write("bands", numbers(shape=(20, 8, 8, 5)), npy)
+    read_images("bands", channels_last=True)
+    assert not [note for note in notes(capsys) if "without effect" in note]
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([f"{k}.png" for k in range(10)], "name more than one file, as 0.png: write it with its folder"),
+    (["elsewhere/0.png"], "names none of the 20 files, of which the first is A/0.png: write names as these, below f")])
+def test_names_of_several_files_are_named(rows, words, capsys):
+    write("f", numbers(), names=[f"{'AB'[k % 2]}/{k // 2}" for k in range(20)])
+    table([f"{name},cat" for name in rows], "file,class")
+    with pytest.raises(ValueError) as error:
+        read_images("f", 16, labels="labels.csv")
+    assert words in str(error.value) + " ".join(notes(capsys))
+
+
+def test_tables_with_a_blank_after_the_comma():
+    write("f", numbers(), names=[f"{k}, x" for k in range(20)])
+    table([f'{"AB"[k % 2]}, "{k}, x.png"' for k in range(20)], 'class, "file"')
+    data = read_images("f", 16, labels="labels.csv")
+    found = dict(zip([*data.files, *data.test_files], [*data.labels.tolist(), *data.test_labels.tolist()]))
+    assert all(found[f"{k}, x.png"] == k % 2 for k in range(20))
+
+
+def test_channels_that_come_first_are_told_how_to_come_last():
+    np.savez("f.npz", train_images=numbers(shape=(20, 3, 16, 16)))
+    with pytest.raises(ValueError, match=r"channels come last, as np.moveaxis\(x, 1, -1\) puts them"):
+        read_images("f.npz")
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_of_two_kinds_an_array_is_prepared_as_its_file(channels):
+    write("f", numbers(shape=(10, 40, 30, *channels)), names=[f"a{k}" for k in range(10)])
+    write("f", numbers("u2", high=4096, shape=(10, 40, 30)), names=[f"b{k}" for k in range(10)])
+    data = read_images("f", 16)
+    for name in ("a3", "b3"):
+        with Image.open(f"f/{name}.png") as image:
+            array = np.asarray(image)
+        torch.testing.assert_close(data.prepare(array), data.prepare(f"f/{name}.png"), rtol=0, atol=0)

@@ -24,6 +24,10 @@ def raw_images(path, key, array, channels_last):
     """Raw of an array [N, *S] or [N, *S, C] in memory or mapped; ValueError if it is none of images."""
     last = array.ndim == 5 or array.ndim == 4 and (channels_last or array.shape[-1] in (1, 3, 4))
     sides = array.shape[1:array.ndim - last]
+    if array.ndim == 4 and not last and array.shape[1] in (1, 3) and min(array.shape[2:]) >= 4:
+        place = 0 if key == "its files together" else 1
+        raise ValueError(f"{path}: {key} is {array.dtype} {[*array.shape]}: channels come last, as "
+                         f"np.moveaxis(x, {place}, -1) puts them{' in each file' * (not place)}")
     if len(sides) not in (2, 3) or min(sides) < 4 or array.dtype.kind not in "biuf":
         raise ValueError(f"{path}: {key} is {array.dtype} {[*array.shape]}, not numbers [N, H, W], "
                          "[N, H, W, C], [N, D, H, W], [N, D, H, W, C], sides of 4 at least; C of 2, 5 or "

@@ -195,14 +195,24 @@ class Surprise(Exception):
 
 def photograph(data, settings, mode, looked_at=True):
     """-> uint8 [size, size] for mode L or [size, size, 3] for RGB, upright; what is transparent is white; the
-    (width, height) it had, and its Kind. Not looked at, it is a Surprise if it is none or of colour for L."""
+    (width, height) it had, its Kind, and whether it is transparent anywhere. Not looked at, it is a Surprise
+    if it is none or of colour for L."""
     with Image.open(BytesIO(data)) as image:
         kind = kind_of_image(image)
         if not looked_at and (not kind.photo or (kind.channels == 3 and mode == "L")):
             raise Surprise
         if settings.size:
             image.draft(mode, (settings.size, settings.size))        # large JPEGs: no more pixels than needed
-        return photograph_of(image, settings, mode), image.size, kind
+        clear = is_clear(image)
+        return photograph_of(image, settings, mode), image.size, kind, clear
+
+
+def is_clear(image):
+    """Whether any pixel of what Pillow has open is not opaque."""
+    if not image.has_transparency_data:
+        return False
+    least, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return least < 255
 
 
 def photograph_of(image, settings, mode="RGB"):
@@ -303,10 +313,11 @@ def decode(file_and_kind, settings, target):
         raise ValueError(f"it holds {kind.dtype} of {kind.channels} channels, most are photographs")
     data = file.read_bytes()
     content = content_of(data)
+    clear = False
     if target["photo"]:
-        x, size, kind = photograph(data, settings, target["mode"], looked_at=kind is not None)
+        x, size, kind, clear = photograph(data, settings, target["mode"], looked_at=kind is not None)
     elif kind.photo:
-        x, size, _ = photograph(data, settings, "L" if kind.channels == 1 else "RGB")
+        x, size, _, clear = photograph(data, settings, "L" if kind.channels == 1 else "RGB")
         x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)
     else:
         x, size = numbers_of(file, data, settings, kind)
@@ -321,6 +332,8 @@ def decode(file_and_kind, settings, target):
              "outside": outside(x, kind.dtype, target)}
     if size and settings.fit == "crop":
         entry["cut"] = 1 - min(size) / max(size)
+    if clear:
+        entry["clear"] = True
     return finished(x, kind.dtype, target), entry
 
 
@@ -346,7 +359,7 @@ def finished(x, dtype, target):
             x = (share.clip(0, 1) * 65535).round()
         x = x.astype(target["dtype"], copy=False)
     if [*x.shape] != target["shape"]:
-        raise ValueError(f"its shape is {[*x.shape]}, of most it is {target['shape']}")
+        raise ValueError(f"its shape is {[*x.shape]}; training's, or most files', is {target['shape']}")
     return np.ascontiguousarray(x)
 
 

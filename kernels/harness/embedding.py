@@ -7,6 +7,7 @@ Files are decoded while others are encoded; no more than a few batches are in me
 """
 import os
 import zipfile
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +36,11 @@ def files_of(path, prepare):
     if not path.is_dir():
         return [path.name], lambda row: prepare.array(path)
     there = all_files(path)
-    files = taken(there, 1 if prepare.target["photo"] and not prepare.arrays else 5)
+    least = 1 if prepare.target["photo"] and not prepare.arrays else 5
+    order = IMAGES, NIFTI, (".npy",)
+    if prepare.target["volumes"] and prepare.settings.pages != "volume":     # of no TIFFs: pictures come last
+        order = (NIFTI, (".npy",), IMAGES) if prepare.layout == "first" else ((".npy",), NIFTI, IMAGES)
+    files = taken(there, least, order)
     names = [os.path.relpath(file, path) for file in files]
     if not names:
         raise ValueError(f"{path} holds no files that end in {', '.join(sorted(IMAGES))}, .nii or .npy")
@@ -88,6 +93,11 @@ def open_data(name, prepare):
     wrong = problem(name)
     if wrong:
         raise ValueError(wrong)
+    if prepare.target["volumes"] and ending(path) == ".npy" and path.is_file():
+        with suppress(Exception):                        # read_arrays says what is wrong
+            axes = len(prepare.target["shape"]) - bool(prepare.layout)
+            if np.load(path, mmap_mode="r").ndim == axes:            # one volume, and no set of images
+                return files_of(path, prepare)
     channels_last = prepare.given == "last" and not prepare.target["photo"]
     found = read_arrays(name, Settings(prepare.settings.size or 64, prepare.settings.fit), channels_last)
     return rows_of(found, prepare) if found else files_of(path, prepare)
@@ -132,19 +142,20 @@ class Nearest:
     def tell(self):
         print("  cosine  file")
         for cosine, name in self.found:
-            print(f"{cosine:8.4f}  {name.encode(errors='replace').decode()}")
+            print(f"{cosine:8.4f}  {as_line(name)}")
 
 
 # ---- Files of features -------------------------------------------------------------------------------------
 def as_line(name):
-    """A file's name as one line of text that any program reads."""
-    return " ".join(name.splitlines()).encode(errors="replace").decode()
+    """A file's name as one line of text that any program reads; bytes that are no UTF-8 as \\udce4."""
+    return " ".join(name.splitlines()).encode(errors="backslashreplace").decode()
 
 
 def csv_line(name, h):
     quoted = name.replace('"', '""')
     numbers = ",".join(f"{value:.8g}" for value in h)
-    return f'"{quoted}",{numbers}\n'.encode(errors="replace")       # a name may have lines of its own
+    line = f'"{quoted}",{numbers}\n'                      # a name may have lines of its own
+    return line.encode(errors="backslashreplace")
 
 
 def write_features(path, names, parts, width):

@@ -17,11 +17,11 @@ SPLITS = re.compile(rf"({'|'.join([*TRAIN, *TEST, 'dev'])})[-_]?\d*", re.IGNOREC
 # ---- Which files -------------------------------------------------------------------------------------------
 def all_files(folder):
     """Every file below the folder, sorted; links are followed, also those to nothing, which cannot be read;
-    hidden ones and pipes are not. Folders that may not be read, what runs wrote, and links to folders that
-    are read already, are named."""
+    hidden ones and pipes are not. Folders that may not be read, hidden images, what runs wrote, and links to
+    folders that are read already, are named."""
     files = []
     seen = set()
-    of_runs, again = [], []
+    of_runs, again, hidden = [], [], []
     waiting = [str(folder)]                                  # itself, then links to folders: real ones first
 
     def name(error):
@@ -43,6 +43,10 @@ def all_files(folder):
             waiting += [str(path) for path in below if path.is_symlink()]
             folders[:] = [path.name for path in below if not path.is_symlink()]
             files += [Path(root, name) for name in names if not name.startswith(".")]
+            hidden += [name for name in names if name[0] == "." and name[:2] != "._"     # macOS puts those
+                       and ending(Path(name)) in (*IMAGES, *NIFTI, ".npy")]
+    if hidden:
+        print(f"note: left out {len(hidden):,} hidden files, as {min(hidden)}: names that begin with a dot")
     if of_runs:
         print(f"note: left out {len(of_runs)} folders that runs wrote, as {of_runs[0]}")
     if again:
@@ -63,11 +67,10 @@ def written_by_runs(folder, names):
         return False
 
 
-def taken(files, least=5):
+def taken(files, least=5, order=(IMAGES, NIFTI, (".npy",))):
     """Of these the images, the NIfTI volumes or the .npy arrays: the first kind of which there are so many as
     a set must have; else that of which there are most."""
-    kinds = [[file for file in files if ending(file) in endings]
-             for endings in (IMAGES, NIFTI, (".npy",))]
+    kinds = [[file for file in files if ending(file) in endings] for endings in order]
     return next((found for found in kinds if len(found) >= least), max(kinds, key=len))
 
 
@@ -129,8 +132,9 @@ def top_folder(file, folder):
 
 
 def same_name(name):
-    """Of a file, however its letters and accents are written."""
-    return unicodedata.normalize("NFC", str(Path(name)))
+    """Of a file, however its letters and accents are written; bytes that are no UTF-8 as kernels.embed writes
+    them, \\udce4."""
+    return unicodedata.normalize("NFC", str(Path(name))).encode(errors="backslashreplace").decode()
 
 
 def cells_of(table):
@@ -141,12 +145,14 @@ def cells_of(table):
             lines = [line for line in text if line.strip() and not line.startswith("sep=")]
         if any("\0" in line for line in lines):
             raise csv.Error("it is no text")
-        heads = {mark: next(csv.reader(lines, delimiter=mark), []) for mark in ",;\t"}
+        heads = {mark: next(csv.reader(lines, delimiter=mark, skipinitialspace=True), [])
+                 for mark in ",;\t"}
         named = [mark for mark, head in heads.items()
                  if {"file", "class"} <= {word.strip().lower() for word in head}]
         wide = [mark for mark, head in heads.items() if len(head) > 1]
         mark, *_ = named or wide or ","
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark)]
+        read = csv.reader(lines, delimiter=mark, skipinitialspace=True)
+        rows = [[cell.strip() for cell in row] for row in read]
         return [row for row in rows if any(row)] or [[]]
     except UnicodeDecodeError:
         raise ValueError(f"{table} is no UTF-8: save it as CSV UTF-8")
@@ -205,11 +211,17 @@ def by_table(files, folder, table):
                                      f"{row[what]}: one of them has to go")
                 own[what] = own[what] or row[what]
     names = rows_of([file.relative_to(folder) for file in files], known)
-    if not any(names):
-        raise ValueError(f"--labels {table} names none of the {len(files):,} files, of which the first is "
-                         f"{files[0].relative_to(folder)}")
     used = {*names}
     unused = [name for name in known if name not in used]
+    count = Counter(same_name(file.name) for file in files)
+    several = [name for name in unused if count[name] > 1]
+    if several:
+        print(f"note: {len(several):,} rows of {table} name more than one file, as {several[0]}: write it "
+              "with its folder, FOLDER/NAME")
+        unused = [name for name in unused if count[name] < 2]
+    if not any(names):
+        raise ValueError(f"--labels {table} names none of the {len(files):,} files, of which the first is "
+                         f"{files[0].relative_to(folder)}: write names as these, below {folder}")
     others = [head for k, head in enumerate(heads) if head and k not in places.values()]
     group = "(no group: any may be split)" if places["group"] is None else "and group, of which none is split"
     print(f"--labels {table}: columns file, class {group}"

@@ -76,6 +76,8 @@ def read(path, key=None):
     """
     path = Path(path)
     kind = path.suffix.lower()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a file, as a run's features.npz")
     if kind == ".npy":
         return np.load(path, mmap_mode="r")
     if kind == ".npz":
@@ -150,13 +152,16 @@ def read_table(path):
 
     # Names: words above numbers; or, where the others are numbers (0, 1, ...) as kernels.embed writes them,
     # one of these words above words.
-    named = len(lines) > 1 and lines[0] == [str(k) for k in range(len(lines[0]))]
-    named = named and (len(lines[0]) > 2 or all("." in word for word in lines[1]))
-    if named:                                            # as pandas writes it, without its index
-        print(f"{path}: the first line, 0, 1, 2, ..., is taken as names of columns")
-    named = named or len(lines) > 1 and any(
+    named = len(lines) > 1 and any(
         number(above) is None and (number(below) is not None or above.strip().lower() in COLUMNS)
         for above, below in zip(*lines[:2]))
+    if len(lines) > 1 and not named:                     # numbers as pandas writes them, beside words or not
+        above = [word for word, below in zip(*lines[:2]) if number(below) is not None]
+        counted = [[str(k) for k in range(first, first + len(above))] for first in (0, 1)]
+        beside = len(lines[0]) > len(above)              # words above words
+        named = above in counted[:1 + beside] and (len(above) > 2 or all("." in word for word in lines[1]))
+        if named:
+            print(f"{path}: the first line, {', '.join(above[:3])}, ..., is taken as names of columns")
     rows = lines[named:]
     if not rows or len({len(row) for row in rows}) != 1:
         raise ValueError(f"{path} is no table of rows of one length")
@@ -168,8 +173,10 @@ def read_table(path):
         raise ValueError(f"{path}: row 1 holds words among its numbers, and is no line of names")
     names = [word.strip().lower() for word in lines[0]] if named else [str(k) for k in range(len(rows[0]))]
     no_embedding = {"", "index", *COLUMNS} - ({"y"} if "x" in names else set())        # x, y: a plane
-    columns = [k for k, (name, word) in enumerate(zip(names, rows[0])) if number(word) is not None
-               and name not in no_embedding and not name.startswith("unnamed")]
+    some = rows[::-(-len(rows) // 100)]                  # a column of numbers may lack one
+    columns = [k for k, name in enumerate(names) if name not in no_embedding
+               and not name.startswith("unnamed")
+               and 2 * sum(number(row[k]) is not None for row in some) > len(some)]
     words = [k for k in range(len(names)) if k not in columns]
     columns = without_odd_ones(path, names, columns) if named else columns
     others = [repr(name) if named else f"number {k + 1}" for k, name in enumerate(names) if k in words]
@@ -181,8 +188,10 @@ def read_table(path):
         raise ValueError(f"{path} has no column of numbers, as its cells are read, between {between}")
     x = np.array([[number(row[k]) for k in columns] for row in rows], dtype=object)
     if None in x:
-        row = next(k for k, line in enumerate(x) if None in line)
-        raise ValueError(f"{path}: row {row + 1} holds words among its numbers")
+        row, column = np.argwhere(x == None)[0]          # noqa: E711, of each element
+        word = rows[row][columns[column]].strip()
+        raise ValueError(f"{path}: row {row + 1} holds {'words' if word else 'an empty cell'} among its "
+                         f"numbers{', as ' * bool(word)}{word}")
     return x.astype(np.float64)
 
 
@@ -233,7 +242,12 @@ def names_of(path, key, count):
             names = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):                        # that file is of something else
         pass
-    return [*map(str, names)] if len(names) == count else None
+    return [*map(as_text, names)] if len(names) == count else None
+
+
+def as_text(name):
+    """A name, bytes that are no UTF-8 as kernels.embed writes them, \\udce4."""
+    return str(name).encode(errors="backslashreplace").decode()
 
 
 def label_column(path, key, count, names):
@@ -274,16 +288,25 @@ def label_column(path, key, count, names):
     files = None if file is None else names()
     if files is None:
         print(f"note: {path}: rows are taken in their order")
+        if not all(row[column] for row in rows):
+            row = [bool(row[column]) for row in rows].index(False)
+            raise ValueError(f"{path} has no label in row {row + 1}: give each embedding one")
         return [row[column] for row in rows]
     known = {}
     for row in rows:
         if known.setdefault(same_name(row[file]), row[column]) != row[column]:
             raise ValueError(f"{path} gives {row[file]} two labels: one of them has to go")
     own = rows_of(files, known)
-    missing = [name for name, row in zip(files, own) if row is None]
-    if missing:
-        raise ValueError(f"{path} has no row for {len(missing):,} of {len(files):,} embeddings, as "
-                         f"{missing[0]}")
+    no_row = [name for name, row in zip(files, own) if row is None]
+    no_label = [name for name, row in zip(files, own) if row is not None and not known[row]]
+    for what, lost in {"row": no_row, "label": no_label}.items():
+        if lost:
+            raise ValueError(f"{path} has no {what} for {len(lost):,} of {len(files):,} embeddings, as "
+                             f"{lost[0]}")
+    used = {*own}
+    others = [name for name in known if name not in used]
+    if others:
+        print(f"note: {len(others):,} rows of {path} name no embedding, as {others[0]}")
     return [known[row] for row in own]
 
 

@@ -99,7 +99,7 @@ class Prepare:
             raise ValueError(f"it holds {kind.channels} channels that are not said to be colours, training's "
                              "images are photographs")
         x, entry = decode.decode((file, kind._replace(dtype=dtype)), self.settings, self.target)
-        self.note(kind)
+        self.note(kind, "clear" in entry)
         self.count(entry["outside"], x)
         return self.to_unit(x, dtype)
 
@@ -132,9 +132,9 @@ class Prepare:
         with self.lock:
             self.outside += round(share * x.size)
 
-    def note(self, kind):
-        """Counts what was changed for it."""
-        found = []
+    def note(self, kind, clear=False):
+        """Counts what was changed for it; clear: it is transparent somewhere."""
+        found = ["transparent in part, where they became white"] * clear
         channels = kind.channels, self.target["channels"]
         if kind.photo and channels == (3, 1):
             found.append("colour, taken as gray")
@@ -154,10 +154,11 @@ class Prepare:
             return self.from_array(np.asarray(ImageOps.exif_transpose(image)))
         self.refuse_other_numbers(kind.dtype)
         mode = "L" if self.target["channels"] == 1 else "RGB"
+        clear = decode.is_clear(image)
         x = decode.photograph_of(image.copy(), self.settings, mode)
         if not self.target["photo"]:
             x = x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)
-        self.note(kind)
+        self.note(kind, clear)
         return self.finished(x, "uint8")
 
     def from_array(self, x):
@@ -169,7 +170,8 @@ class Prepare:
         if self.target["photo"] and x.ndim > axes and x.shape[-1] not in (1, 3, 4):
             raise ValueError(f"it is {x.dtype} {[*x.shape]}: channels come last, 1, 3 or 4 of them; several "
                              "images are given as a list")
-        if dtype == "uint8" and self.target["photo"]:
+        mixed = self.target["ranges"] and axes == 2 and (x.ndim == 2 or x.shape[2] in (1, 3))
+        if dtype == "uint8" and (self.target["photo"] or mixed):     # as Pillow reads the file
             flat = x.ndim == 3 and x.shape[2] == 1
             return self.from_image(Image.fromarray(x[..., 0] if flat else x))
         self.refuse_other_numbers(dtype)
@@ -217,13 +219,17 @@ def load_encoder(run, encoder=None):
     """
     path = Path(run)
     file = path / "encoder.pt" if path.is_dir() else path
+    own_backbone = False
     try:
         saved = load_checkpoint(file)
+        own_backbone = not encoder and saved["config"] == {}
         encoder = encoder or Encoder(**saved["config"])
         encoder.load_state_dict(saved["state_dict"])
         prepare = Prepare(**saved["prepare"])
     except KeyError as error:
         raise ValueError(f"{file} has no {error}, it is an earlier version's: train anew, or --init from it")
     except Exception as error:                                       # missing, cut short, another network's
+        if own_backbone:
+            raise ValueError(f"{file} is of a backbone of one's own: load_encoder(RUN, BACKBONE) reads it")
         raise ValueError(f"{file} does not serve ({' '.join(str(error).split())}): give a finished run")
     return encoder.eval(), prepare

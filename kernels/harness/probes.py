@@ -65,7 +65,7 @@ def quick_probe(model, data):
     h_test = encode(model.encoder, data.test_images)
     z = model.projector(h_test[sample_rows(len(h_test), 256)])
     found = {"RankMe": collapse_panel(z)["RankMe"]}
-    if data.labels is not None:
+    if data.labels is not None and len(data.labels.unique()) > 1:
         found["knn"] = knn_accuracy(
             encode(model.encoder, data.images), data.labels, h_test, data.test_labels)
     return found

@@ -17,7 +17,7 @@ from . import arrays, folders
 from .decode import Kind, Settings, decode_all, picture_of
 from .images import Data, Images, choose, in_parts, in_words, sample_rows, to_unit
 from .prepare import Prepare, prepare_arrays
-from .sources import IDX, IMAGES, TIFFS, ending, problem
+from .sources import IDX, IMAGES, NIFTI, TIFFS, ending, problem
 
 
 # ---- Labels ------------------------------------------------------------------------------------------------
@@ -161,6 +161,12 @@ def tell(files, settings):
     elif paged:
         print(f"note: {len(paged):,} files hold more pages or frames than the first, which is taken "
               f"({names_of(paged)}); of TIFFs --pages channels or volume takes all")
+    clear = [file for file in files if file.entry.get("clear")]
+    if clear:
+        tiffs = any(ending(file.path) in TIFFS for file in clear)
+        print(f"note: {len(clear):,} files are transparent in part, where they become white "
+              f"({names_of(clear)})" + "; a TIFF whose last channel is none of transparency has to say so "
+              "(tifffile: extrasamples=[0]), or be given in an .npz" * tiffs)
     colour = [file for file in files if file.kind.channels == 3]
     gray = [file for file in files if file.kind.channels == 1]
     if gray and 0 < len(colour) < len(files) / 10:
@@ -232,6 +238,9 @@ def read_folder(path, settings, channels_last, wanted_range, labels, strict):
     """
     files = list_files(path)
     paths = [file.path for file in files]
+    if wanted_range == ("dtype",) and ending(paths[0]) in NIFTI:
+        raise ValueError("--range dtype: NIfTI's numbers are scaled, so that none is the largest of their "
+                         "kind; give --range LOW HIGH, or leave it out")
     decoded = decode_all(paths, path.resolve().name, settings, wanted_range)
     for file, kind, entry in zip(files, decoded.kinds, decoded.entries):
         file.kind = kind
@@ -240,10 +249,8 @@ def read_folder(path, settings, channels_last, wanted_range, labels, strict):
     tell(files, settings)
     target = decoded.target
     fitted = not target["volumes"] and ending(paths[0]) != ".npy"
-    pages = settings.pages if not any(ending(file) in TIFFS for file in paths) else "auto"
-    say_unused(*(() if fitted else settings[:2]), pages=pages,
-               channels_last=channels_last and ending(paths[0]) != ".npy")
-
+    tiffs = [file.kind for file in files if ending(file.path) in TIFFS]
+    paged = any(kind.left_out or kind.sides or not kind.photo and kind.channels > 1 for kind in tiffs)
     array = np.load(decoded.path, mmap_mode="r")
     raw = arrays.Raw(array, "first")
     if target["photo"]:
@@ -252,6 +259,8 @@ def read_folder(path, settings, channels_last, wanted_range, labels, strict):
         raw = arrays.raw_images(path, "its files together", array, channels_last)
     elif target["volumes"] and min(array.shape[2:]) < 4:
         raise ValueError(f"{path}: volumes of {[*array.shape[2:]]}, sides of 4 at least are needed")
+    say_unused(*(() if fitted else settings[:2]), pages="auto" if paged else settings.pages,
+               channels_last=channels_last and raw.channels != "last")
     scaled = target["ranges"]                            # each kind of file by its own, to 16 bits
     wanted = (0, 65535) if scaled else wanted_range
     found, numbers = to_unit(path.name, {"train_images": raw}, wanted, target["of"])
