@@ -23,7 +23,8 @@ one other image (tests/experiments/ba_ssl.md).
 
 Choices of our own: (1) The share is fixed. A gate that is learned closes: what other images add differs
 between two views, and to the loss it is noise. (2) A fused view meets a clean one. (3) A layer is a 3x3
-convolution over B channels inside the patch, without bias or norm. (4) Slots are drawn anew in each call: a
+convolution over B channels inside the patch, without bias, norm or nonlinearity: several are one linear map
+of wider reach. (4) Slots are drawn anew in each call: a
 convolution over slots that stay could stamp both views of an image with its slot's mark and solve NT-Xent
 without a look at the image. (5) At evaluation the module is dropped. (6) SimCLR's settings suit digits: batch
 64, AdamW, t = 0.2, views by pose, light, noise. (7) IConE is simpler than in icone.py: a table drawn at
@@ -266,8 +267,8 @@ class BASSL(nn.Module):
 def learning_rate(step, steps, batch):
     """What to multiply --lr with: a linear rise to the peak in the first tenth, then half a cosine to 0.
 
-    The peak follows sqrt(batch), which keeps the noise of Adam's steps alike (arXiv 2205.10287); it is 1 at
-    128 images a step.
+    The peak follows sqrt(batch), 1 at 128 images a step: the learning rate's part of the rule for Adam in
+    arXiv 2205.10287. Its betas, epsilon and the decay stay as they are.
     """
     peak = math.sqrt(batch / 128)
     warmup = max(1, steps // 10)

@@ -824,7 +824,7 @@ def report_rate(args, torn):
     aligned = 5 / min(1, 2 * w)                        # by then samples sit at the mean of their labels
     z = headless_flow(torn.merged, [aligned])[0]
     expected = torn.height * math.exp(-2 * torn.rate * aligned)
-    name = f"loss per sample at t = {aligned:.3g}, p <D^2> / 4 exp(-2 λ t)"
+    name = f"loss per sample at t = {aligned:.3g}, p w <D^2> / 4 exp(-2 λ t)"
     report(name, expected, headless_loss(torn.merged, z) / torn.size)
 
     # Samples follow their label, x' = y - x, and are late: x = y / (1 - λ) about the common mean.

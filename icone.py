@@ -7,12 +7,12 @@ length, are pulled to its row; the row is pushed away from a bank of others:
     L = mean_b [1 - <z_b, u_b>] + w t mean_b log mean_{n != b} exp(<u_b, u_n> / t)
            alignment                  diversity: a soft maximum of cosines to the bank, which has no gradient
 
-What prevents collapse thus never looks at the batch: no term compares two images of it, no layer mixes them.
-Nor does a step look at the whole table: the bank are the rows of the last 2,048 visits. Rows of the batch
-take a step of gradient descent and keep unit length. A row starts at the untrained encoder's embedding of its
-image; if the first visit comes after a tenth of the run, at the mean of that moment's views. Steps draw from
-a window of 400 images that slides over the data once a run: visits of an image lie close together, and its
-row meets an encoder that has not gone far since.
+What prevents collapse thus never looks at the batch: no term compares embeddings of two of its images, no
+layer mixes them. Nor does a step look at the whole table: the bank are the rows of the last 2,048 visits, on
+digits some 430. Rows of the batch take a step of gradient descent and keep unit length. A row starts at the
+untrained encoder's embedding of its image; if the first visit comes after a tenth of the run, at the mean of
+that moment's views. Steps draw from a window of 400 images that slides over the data once a run: visits of an
+image lie close together (but of those in the first window), and rows meet an encoder that has not gone far.
 
     python icone.py                                      # posed digits
     python icone.py --batch 1 --epochs 24                # one image at a time
@@ -26,9 +26,9 @@ batch 1 and 32 epochs 0.938 and 0.942 (seed 0), ten minutes on one core.
 Choices of our own: (1) --diversity logsumexp; relu2, the mean of max(0, <u_b, u_n>)^2, is the form of a third
 party, "not an exact reproduction" (WagnerJon/organoid-3d-shape-retrieval). (2) --view-view 0: the third party
 also pulls the two views together. (3) --table-init visit, as above; the third party draws rows at random.
-(4) --centre 0.99: a running mean is taken off the embeddings; a mean over the batch would mix images.
-(5) --table-lr 0.6, no momentum. (6) lr follows sqrt(batch). (7) --window 400, six steps at least, and recent
-rows as the bank: after Cao et al., arXiv 2006.14618, who classify instances; 0 shuffles all images.
+(4) --centre 0.99: a running mean is taken off the embeddings; a mean over the batch would mix images. (5)
+--table-lr 0.6 to the last step, no momentum. (6) lr follows sqrt(batch). (7) --window 400, six steps at
+least, and recent rows as the bank: after Cao et al., arXiv 2006.14618, who classify instances; 0: none.
 Towards the third party's form: --diversity relu2 --weight 2 --view-view 1 --centre 0 --table-init normal
 --lr 1.4e-4 --epochs 100 --window 0. Cut: its AdamW on the table; that all rows push each other in each step.
 """
@@ -75,7 +75,7 @@ class Centre(nn.Module):
     def step(self):
         """After an optimiser's step, so that one step of K batches equals one of a batch K times as large."""
         momentum = self.momentum ** (self.count / 128)
-        self.mean.lerp_(self.total / self.count, 1 - momentum)
+        self.mean.lerp_(self.total / self.count.clamp(min=1), 1 - momentum)
         self.total.zero_()
         self.count.zero_()
 
@@ -212,8 +212,8 @@ class IConE(nn.Module):
 def learning_rate(step, steps, batch):
     """What to multiply --lr with: a linear rise to the peak in the first tenth, then half a cosine to 0.
 
-    The peak follows sqrt(batch), which keeps the noise of Adam's steps alike (arXiv 2205.10287); it is 1 at
-    128 images a step.
+    The peak follows sqrt(batch), 1 at 128 images a step: the learning rate's part of the rule for Adam in
+    arXiv 2205.10287. Its betas, epsilon and the decay stay as they are.
     """
     peak = math.sqrt(batch / 128)
     warmup = max(1, steps // 10)

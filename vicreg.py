@@ -5,8 +5,8 @@ views of a batch of images go through an encoder (features h) and a projector (e
 
     L = 25 s(z, z') + 25 (v(z) + v(z'))/2 + 1 (c(z) + c(z'))    s, v, c: see vicreg_terms below
 
-s pulls the two views of an image together; alone it would map all images to one point. v keeps the standard
-deviation of every dimension near 1, c keeps different dimensions from saying the same thing.
+s pulls the two views of an image together; alone it would map all images to one point. v pushes the spread of
+every dimension up to 1 (this run's ends at 0.45), c keeps different dimensions from saying the same thing.
 
     python vicreg.py                                    # posed digits
     python vicreg.py --data FOLDER --size 64            # your own images, or volumes
@@ -48,7 +48,7 @@ def vicreg_terms(z1, z2):
         v = 1/D sum_d max(0, 1 - sqrt(C_dd + 1e-4))                      variance, mean of the two views
         c = 1/D sum_{i != j} C_ij^2,   C = Z_c^T Z_c / (B - 1)           covariance, sum of the two views
 
-    Equations 1 to 4 of the paper, scaled as in the released code. ValueError unless B >= 2 and shapes agree.
+    The paper's terms, scaled as in the released code. ValueError unless B >= 2 and shapes agree.
     """
     if z1.shape != z2.shape:
         raise ValueError(f"embeddings of two views must agree in shape, got {[*z1.shape]} and {[*z2.shape]}")
@@ -90,8 +90,8 @@ class VICReg(nn.Module):
 def learning_rate(step, steps, batch):
     """What to multiply --lr with: a linear rise to the peak in the first tenth, then half a cosine to 0.
 
-    The peak follows sqrt(batch), which keeps the noise of Adam's steps alike (arXiv 2205.10287); it is 1 at
-    128 images a step.
+    The peak follows sqrt(batch), 1 at 128 images a step: the learning rate's part of the rule for Adam in
+    arXiv 2205.10287. Its betas, epsilon and the decay stay as they are.
     """
     peak = math.sqrt(batch / 128)
     warmup = max(1, steps // 10)

@@ -131,6 +131,8 @@ BAD = [  # arguments, scripts, what makes the data, words the message must have
     ("--projector 512-0", ALL, None, "--projector"),
     ("--temperature 0", ALL, None, "--temperature"),
     (f"{SMALL} --eps 0.01 --codes 101", ["falcon.py"], None, "--eps 0.01 must be below"),
+    (f"{SMALL} --eps 0.5 --codes 2", ["falcon.py"], None, "--eps 0.5 must be below"),
+    (f"{SMALL} --beta-rise 1.05", ["falcon.py"], None, "1.05 does not lie in"),
     (f"{SMALL} --codes 1", ["falcon.py"], None, "--codes"),
     (f"{SMALL} --no-fusion --share .5", ["ba_ssl.py"], None, "--no-fusion has no --share: leave out either"),
     (f"{SMALL} --loss vicreg --temperature 1", ["ba_ssl.py"], None, "--loss vicreg has no --temperature: leave out either"),

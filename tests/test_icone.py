@@ -297,6 +297,9 @@ def test_centre_follows_the_mean_of_what_it_saw():
     with torch.no_grad():                                                # a validation loss, in train mode
         centre.train()(x)
     assert centre.count == 0 and not centre.total.any()
+    mean = centre.mean.clone()
+    centre.step()                                                        # of no views
+    assert torch.equal(centre.mean, mean)
 
 
 # ---- Its cost ----------------------------------------------------------------------------------------------
