@@ -760,7 +760,7 @@ def test_slow_rate_at_the_weight_that_was_asked_for(inside):
     assert expected == pytest.approx(expected[0], abs=1e-10)
     assert theory == pytest.approx(expected[0], rel=1e-7)
     assert measured == pytest.approx(expected[0], rel=1e-7)
-    plateau, loss, _ = rows["loss per sample at t = 5, p <D^2> / 4 exp(-2 λ t)"]
+    plateau, loss, _ = rows["loss per sample at t = 5, p w <D^2> / 4 exp(-2 λ t)"]
     assert loss == pytest.approx(plateau, rel=.1)
 
 

@@ -2000,6 +2000,7 @@ def test_a_fourth_channel_that_says_so_is_kept():
 
 
 def test_the_range_of_a_kind_is_none_of_niftis():
+    pytest.importorskip("nibabel")
     for k, own in enumerate(numbers(shape=(20, 8, 8, 8))):
         Path("f").mkdir(exist_ok=True)
         nifti(f"f/{k:02}", own)
@@ -2044,7 +2045,7 @@ def test_tables_with_a_blank_after_the_comma():
 
 def test_channels_that_come_first_are_told_how_to_come_last():
     np.savez("f.npz", train_images=numbers(shape=(20, 3, 16, 16)))
-    with pytest.raises(ValueError, match=r"channels come last, as np.moveaxis\(x, 1, -1\) puts them"):
+    with pytest.raises(ValueError, match=r"\[20, 3, 16, 16\], not with channels last, as np.moveaxis\(x, 1, -1\) puts them"):
         read_images("f.npz")
 
 

@@ -26,7 +26,7 @@ def raw_images(path, key, array, channels_last):
     sides = array.shape[1:array.ndim - last]
     if array.ndim == 4 and not last and array.shape[1] in (1, 3) and min(array.shape[2:]) >= 4:
         place = 0 if key == "its files together" else 1
-        raise ValueError(f"{path}: {key} is {array.dtype} {[*array.shape]}: channels come last, as "
+        raise ValueError(f"{path}: {key} is {array.dtype} {[*array.shape]}, not with channels last, as "
                          f"np.moveaxis(x, {place}, -1) puts them{' in each file' * (not place)}")
     if len(sides) not in (2, 3) or min(sides) < 4 or array.dtype.kind not in "biuf":
         raise ValueError(f"{path}: {key} is {array.dtype} {[*array.shape]}, not numbers [N, H, W], "
