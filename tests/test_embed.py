@@ -302,15 +302,24 @@ def test_names_that_are_no_utf8_stay_apart(few):
         assert all(text.count(name) == 1 and name in done.stdout for name in expected)
 
 
+def write_volumes(folder, x, form):
+    """A file of each of x, 00.npy and so on."""
+    folder.mkdir()
+    for k, own in enumerate(x):
+        file = folder / f"{k:02}.{form}"
+        if form == "npy":
+            np.save(file, own)
+        elif form == "tif":
+            tifffile.imwrite(file, own)
+        else:
+            nibabel = pytest.importorskip("nibabel")
+            nibabel.save(nibabel.Nifti1Image(own, np.eye(4)), file)
+
+
 @pytest.mark.parametrize("form, stray", [("tif", "npy"), ("npy", "nii.gz")])
 def test_a_stray_file_does_not_take_the_place_of_all_volumes(form, stray, tmp_path):
     x = np.random.default_rng(0).integers(0, 4000, (12, 8, 16, 16)).astype(np.uint16)
-    (tmp_path / "set").mkdir()
-    for k, own in enumerate(x):
-        if form == "npy":
-            np.save(tmp_path / "set" / f"{k:02}.npy", own)
-        else:
-            tifffile.imwrite(tmp_path / "set" / f"{k:02}.tif", own)
+    write_volumes(tmp_path / "set", x, form)
     data = read_images(str(tmp_path / "set"), 16, pages="volume" if form == "tif" else "auto")
     if stray == "npy":
         np.save(tmp_path / "set" / "notes.npy", x[0])
@@ -345,13 +354,7 @@ def test_white_for_transparency_is_said(place):
 @pytest.mark.parametrize("form", ["nii", "npy"])
 def test_volumes_are_taken_though_pictures_lie_beside_and_one_alone_is_one(form, tmp_path):
     x = np.random.default_rng(0).integers(0, 4000, (24, 12, 12, 12)).astype(np.int16)
-    (tmp_path / "set").mkdir()
-    for k, own in enumerate(x):
-        if form == "npy":
-            np.save(tmp_path / "set" / f"{k:02}.npy", own)
-        else:
-            nibabel = pytest.importorskip("nibabel")
-            nibabel.save(nibabel.Nifti1Image(own, np.eye(4)), tmp_path / "set" / f"{k:02}.nii")
+    write_volumes(tmp_path / "set", x, form)
     assert call(tmp_path, *SMALL.split(), "--data", "set", "--epochs", "1", "--out", "run") == 0
     for k in range(5):
         Image.fromarray(image(k)).save(tmp_path / "set" / f"preview {k}.png")

@@ -58,6 +58,13 @@ def test_the_forward_prior_of_fewer_images_than_codes_stays_far_above_its_bound(
     assert falcon.loss_values(16, 256, 16, prior="forward") == {"not below": pytest.approx(math.log(256), abs=1e-4)}
 
 
+def test_images_that_cannot_be_dealt_to_codes_alike_cost_a_little():
+    """n 64, 48 codes, each image sure of its code: 16 codes have two, prior .06 where loss_values says 0."""
+    share = torch.bincount(torch.arange(64) % 48).double() / 64
+    assert math.log(48) - falcon.entropy(share) == pytest.approx(.06, abs=.005)
+    assert falcon.loss_values(64, 48, 48)["optimum"] < 1e-4
+
+
 @pytest.mark.parametrize("beta", [.5, 1, 2])
 def test_values_at_other_betas(beta):
     kl, _, ce = at_optimum(256, 64, 1e-3)

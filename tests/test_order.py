@@ -48,6 +48,15 @@ def test_visits_through_a_window_come_close_together_and_as_often(count, batch, 
     assert steps_apart(everything) < 1.5 * window < .95 * steps_apart(torch.cat(epochs_of(run_of(count, batch, many), shuffled, many)))
 
 
+@pytest.mark.parametrize("count, epochs, rows", [(1437, 45, 430), (20_000, 10, 550)])
+def test_the_last_visits_are_of_few_images(count, epochs, rows):
+    """What icone.py says of its bank, the rows of the last 2,048 visits, at batch 64."""
+    everything = torch.cat(epochs_of(run_of(count, 64, epochs), through_window(400), epochs))
+    half = len(everything) // 2
+    for end in (half, half + 1000, half + 5000):
+        assert len(everything[end - 2048:end].unique()) == pytest.approx(rows, rel=.1)
+
+
 def test_no_window_has_an_image_twice_and_no_step_crosses_two():
     run = run_of(1437, 64, 45)
     epoch, = epochs_of(run, through_window(400), 1)
