@@ -8,7 +8,7 @@ Sansone, Lebailly, Tuytelaars, arXiv 2410.04959, as the authors' code has it (em
 each term a mean over the two views, gradients into both. CE wants each image sure of its code and both
 views to agree; the prior wants all codes used. At the optimum the n images of a batch share codes only as far
 as n / c forces them to, and W^T W / c is near the identity: with many codes embeddings fill all of R^f. The
-networks here stop far from it: 9 of 128 dimensions and 60 of 4,096 codes in use.
+networks here stop far from it: on digits 9 of 128 dimensions and 60 of 4,096 codes are in use.
 
     python falcon.py                                    # posed digits
     python falcon.py --codes 16384                      # more codes, for more images
