@@ -4,7 +4,7 @@ A name is imported when it is first asked for, so that what needs no torch can b
 """
 from importlib import import_module
 
-__version__ = "2.6.0"
+__version__ = "2.7.0"
 
 NAMES = {
     "bank": "bank_cross_entropy bank_logsumexp bank_reference bank_repulsion bank_topk unit_rows",

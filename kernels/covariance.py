@@ -19,6 +19,8 @@ wrong or more (4096 x 512), tf32 a few per cent, and fp16 flushes small covarian
 float64, for gradcheck. (The plain-torch path on a GPU obeys torch.backends.cuda.matmul.allow_tf32, off by
 default; the Triton path does not.)
 """
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,16 +68,25 @@ def variance_covariance_reference(z, gamma=1.0, eps=1e-4):
 # Z_c^T again, but nothing of T has to cancel in it. For those of T it is a (G T + T hollow(T^T T)) with no
 # part of var_d^2 to add.
 #
+# On a CPU, which need not be waited for, columns are taken out only where it matters: where DOMINANT of them
+# may hold more than half of the variance, or less than a quarter of |M|^2 is left by the subtraction.
+#
 # Squares of M overflow long before C does. So M, T and what is made of them are kept in units of u = 2^k,
 # near the largest standard deviation: M / u^2 and T / u, exact. The results are multiplied by u at the end.
 
-DOMINANT = 8                                           # a constant: nothing may depend on what the data are
+DOMINANT = 8                                           # a constant: a GPU's shapes may not depend on data
 
 
 def _apart(variance):
     """The columns of largest variance, [k]."""
     count = min(DOMINANT, variance.numel())
     return variance.topk(count).indices
+
+
+def _even(variance):
+    """Whether any DOMINANT columns hold half of the variance at most, and nothing overflows with u = 1."""
+    top, total = variance.amax().item(), variance.sum().item()
+    return 1e-8 < top < 1e8 and 2 * DOMINANT * top <= total
 
 
 def _unit(variance):
@@ -130,6 +141,8 @@ def _product_torch(xc):
     """x_c [L, n] -> M [n, n]. M is symmetric: strips up to the diagonal, little more than half of the
     work."""
     n = xc.shape[1]
+    if n <= NARROW:
+        return torch.mm(xc.T, xc)
     m = xc.new_empty(n, n)
     for strip in _cut(n, 8, NARROW):
         upto = slice(0, strip.stop)
@@ -145,21 +158,23 @@ def _squares_torch(m):
 
 
 def _backward_torch(z, mean, scale, m, a, gram):
-    """a x_c M + s x_c, [N, D]. x_c is made again, piece by piece: the memory is M and the result."""
+    """a x_c M + s x_c, [N, D]. x_c is made again, piece by piece: the memory is M and the result. a: on a
+    CPU a number."""
     n, d = z.shape
     dz = torch.empty_like(z, dtype=m.dtype)
-    pieces = _cut(d, 4, SMALL // n) if gram else _cut(n, 8, SMALL // d)
+    pieces = _cut(d, 4, 2 * SMALL // n) if gram else _cut(n, 8, SMALL // d)
     for piece in pieces:
         rows, columns = (slice(None), piece) if gram else (piece, slice(None))
         high, low = mean[:, columns]
         zc = (z[rows, columns] - high).sub_(low)
         out = dz[rows, columns]
         torch.mul(zc, scale[columns], out=out)
-        zc *= a
-        if gram:
-            out.addmm_(m, zc)
-        else:
-            out.addmm_(zc, m)
+        factor = a
+        if isinstance(a, Tensor):                      # of a GPU, whose value would have to be waited for
+            zc *= a
+            factor = 1
+        pair = (m, zc) if gram else (zc, m)
+        out.addmm_(*pair, alpha=factor)
     return dz
 
 
@@ -445,7 +460,7 @@ def _covariance_side(z, use_triton):
 
 
 def _gram_side(z, use_triton):
-    """The same; T / u [N, k], (G T + T hollow(T^T T)) / u^3 [N, k], the columns of T [k]."""
+    """The same; T / u [N, k], (G T + T hollow(T^T T)) / u^3 [N, k], the columns of T [k], or -1."""
     if use_triton:
         mean, variance = _statistics_triton(z)
         unit, shrink = _unit(variance)
@@ -455,6 +470,15 @@ def _gram_side(z, use_triton):
         g, squares = _product_triton(z, mean, keep, shrink, True)
     else:
         zc, mean, variance = _centre_torch(z)
+        if not z.is_cuda and _even(variance):
+            m = _product_torch(zc.T)
+            squares = _squares_torch(m)
+            diagonal = variance.square().sum() * (len(z) - 1) ** 2
+            if 4 * diagonal <= 3 * squares:            # two bits are lost at most
+                t = m.new_zeros(len(z), min(DOMINANT, len(variance)))
+                none = torch.full(t.shape[1:], -1)
+                return mean, variance, m.new_ones(()), m, squares - diagonal, t, torch.zeros_like(t), none
+            del m
         unit, shrink = _unit(variance)
         columns = _apart(variance)
         t = zc[:, columns]
@@ -488,14 +512,18 @@ def _backward(z: Tensor, mean: Tensor, variance: Tensor, unit: Tensor, m: Tensor
               use_triton: bool) -> Tensor:
     """dZ of the derivation, [N, D]."""
     n, d = z.shape
-    std = (variance + eps).sqrt()
-    hinge = torch.where(std < gamma, -g_variance / (d * (n - 1) * std), 0)
+    if not (use_triton or z.is_cuda):                            # numbers: fewer calls
+        unit, g_variance, g_covariance = unit.item(), g_variance.item(), g_covariance.item()
+    std = (variance + eps).sqrt_()
+    hinge = torch.where(std < gamma, -g_variance / (d * (n - 1)) / std, 0)
     a = 4 * g_covariance / (d * (n - 1) ** 2)
-    scale = hinge - a * (n - 1) * variance if gram else hinge
+    scale = hinge - variance * (a * (n - 1)) if gram else hinge
     product = _backward_triton if use_triton else _backward_torch
     a = a * unit * unit                                          # what M lacks
+    if isinstance(a, float) and abs(a) > torch.finfo(m.dtype).max:
+        a = math.copysign(math.inf, a)                           # as a tensor has it; a number is refused
     dz = product(z, mean, scale, m, a, gram)
-    if gram:
+    if gram and (z.is_cuda or columns[0] >= 0):
         dz[:, columns] = (a * pull + hinge[columns] * t) * unit
     return dz
 
@@ -508,8 +536,9 @@ class _VarianceCovariance(torch.autograd.Function):
         mean, variance, unit, m, squares, t, pull, columns = _forward(z, gram, use_triton)
         ctx.save_for_backward(z, mean, variance, unit, m, t, pull, columns)
         ctx.options = gamma, eps, gram, use_triton
-        short = torch.relu(gamma - (variance + eps).sqrt())
-        return short.mean(), squares / ((n - 1) ** 2 * d) * unit * unit * unit * unit
+        short = torch.relu(gamma - (variance + eps).sqrt_())
+        square = unit * unit
+        return short.mean(), squares / ((n - 1) ** 2 * d) * square * square
 
     @staticmethod
     def backward(ctx, g_variance, g_covariance):

@@ -10,10 +10,10 @@ the dictionary, a CPU holds it as bytes, small ones as fp32, and both have the s
 Arithmetic and bytes. The textbook form keeps p and log p of both views and their gradients, some ten arrays
 of n x c numbers: 700 MB at n = 64, c = 262,144. Streaming over the codes keeps O(n f + c), at the price of
 making the logits three times instead of once: 16 n c f operations, forward and backward, against 8 with the
-logarithms of p kept, which is what a CPU does as long as they fit KEEP. (Triton has a pass of its own for the
-mean assignment: 20, each in three products.) On tensor cores signs are exact in bf16, and any fp32 number is
-exactly the sum of three bf16 numbers: three such products are as good as fp32, where no long sum is left to
-the tensor cores, whose accumulators round towards zero (Ootomo, Yokota 2022).
+logarithms of p kept, which is what a CPU does as long as they fit KEEP (of few codes p, too). (Triton has a
+pass of its own for the mean assignment: 20, each in three products.) On tensor cores signs are exact in
+bf16, and any fp32 number is exactly the sum of three bf16 numbers: three such products are as good as fp32,
+where no long sum is left to the tensor cores, whose accumulators round towards zero (Ootomo, Yokota 2022).
 
 Accumulation is fp32, also inside autocast; float64 stays float64.
 """
@@ -112,6 +112,8 @@ def _held(codes, f, seed, device):
 
 # ---- Plain torch -------------------------------------------------------------------------------------------
 KEEP = 2 ** 25  # logarithms that a CPU keeps for the backward: 128 MB of fp32
+FEW = 2 ** 18                                          # assignments of which p is kept as well: 1 MB of fp32
+UNDERFLOW = -120.                                      # 2^x is a normal number in fp32 above it
 GPU_BLOCK = 2 ** 26                                    # logits, or signs, at a time on a GPU: 256 MB of fp32
 
 
@@ -152,8 +154,69 @@ def _place(space, n, block, kept=True):
     return space[first:first + 2 * n * count].view(2, n, count)
 
 
+def _is_small(h, codes):
+    """Whether a CPU has all codes in one block, of few numbers: there calls cost more than what they do."""
+    _, n, _ = h.shape
+    return not h.is_cuda and codes <= _block_size(h) and 2 * n * codes <= min(KEEP, FEW)
+
+
+def _forward_small(h, codes, seed, reverse, keep):
+    """As _forward_torch, in few calls; p is kept beside its logarithms."""
+    _, n, f = h.shape
+    rows = _held(codes, f, seed, h.device).to(h.dtype)
+    s = h.new_empty(2 * n, codes).addmm_(h.flatten(0, 1), rows.T, beta=0, alpha=math.log(2))
+    log = torch.log_softmax(s.view(2, n, codes), dim=2)
+    del s
+    p = log.exp()
+    log *= 1 / math.log(2)
+    high, of_mean = 0, p                                               # as in _forward_torch
+    if not log.amin() > UNDERFLOW:
+        high = log.amax(dim=1)
+        of_mean = (log - high[:, None]).exp2_()
+    mean = of_mean.mean(dim=1)
+    level = mean.log2()
+    m = torch.stack([torch.zeros_like(level) + high, level])
+    E = torch.stack([
+        torch.linalg.vecdot(p[0], log[1]),
+        torch.linalg.vecdot(p[1], log[0])])
+    if reverse:
+        R = torch.linalg.vecdot(p, (high + level + math.log2(codes))[:, None])
+    else:
+        R = (of_mean / mean[:, None]).sum(dim=2) / -codes
+    lse = h.new_zeros(2, n)                                            # log p needs none
+    if not keep:
+        return lse, lse.clone(), m, E, R, h.new_empty(0), h.new_empty(0)
+    return lse, lse.clone(), m, E, R, log.flatten(), p
+
+
+def _backward_small(h, codes, seed, reverse, m, E, R, log, p, g_prior, g_cross):
+    """As _backward_torch, from what _forward_small kept."""
+    _, n, f = h.shape
+    log = log.view_as(p)
+    ln2 = math.log(2)
+    g_prior = g_prior.item()
+    g_cross = g_cross.item()
+    of_row = g_cross - R * (g_prior * (ln2 if reverse else 1))
+    slope = torch.empty_like(log)
+    for view, other in ((0, 1), (1, 0)):
+        torch.sub(E[view, :, None], log[other], out=slope[view])       # first: both may be large, and equal
+    torch.add(of_row[:, :, None], slope, alpha=ln2 * g_cross, out=slope)
+    if reverse:
+        slope += (m.sum(dim=0) + math.log2(codes))[:, None] * (g_prior * ln2)
+    slope *= p
+    for view, other in ((0, 1), (1, 0)):
+        slope[view].sub_(p[other], alpha=g_cross)
+    if not reverse:
+        high, mean = m[:, :, None]
+        slope.sub_((log - high).sub_(mean).exp2_(), alpha=g_prior / codes)
+    rows = _held(codes, f, seed, h.device).to(h.dtype)
+    return torch.mm(slope.flatten(0, 1), rows).view(2, n, f)
+
+
 def _forward_torch(h, codes, seed, reverse, keep):
     """As _forward."""
+    if _is_small(h, codes):
+        return _forward_small(h, codes, seed, reverse, keep)
     _, n, f = h.shape
     signs = _held(codes, f, seed, h.device)
     block_size = min(_block_size(h), codes)
@@ -191,11 +254,13 @@ def _forward_torch(h, codes, seed, reverse, keep):
         E[1] += torch.linalg.vecdot(p[1], log[0])
         if reverse:
             R += torch.linalg.vecdot(p, m[:, :, None, block].sum(dim=0) + log_c)
-    return top, rest, m, E, R, logs if keep else logs[:0].clone()
+    return top, rest, m, E, R, logs if keep else logs[:0].clone(), h.new_empty(0)
 
 
-def _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, g_prior, g_cross):
+def _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, p, g_prior, g_cross):
     """sum_j 2n ds_ij w_j, [2, n, f], for upstream gradients of the two values."""
+    if len(p):
+        return _backward_small(h, codes, seed, reverse, m, E, R, kept, p, g_prior, g_cross)
     _, n, f = h.shape
     signs = _held(codes, f, seed, h.device)
     dh = torch.zeros_like(h)
@@ -664,16 +729,17 @@ def _shapes_forward(h, codes, seed, reverse, trained, use_triton):
     _, n, _ = h.shape
     kept = 2 * n * codes if trained and _keeps(h, codes, use_triton) else 0
     new = h.new_empty
-    return new(2, n), new(2, n), new(2, 2, codes), new(2, n), new(2, n), new(kept)
+    p = new(2, n, codes) if kept and _is_small(h, codes) else new(0)
+    return new(2, n), new(2, n), new(2, 2, codes), new(2, n), new(2, n), new(kept), p
 
 
 @opaque("dictionary_forward", _shapes_forward)
 def _forward(h: Tensor, codes: int, seed: int, reverse: bool, trained: bool,
-             use_triton: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h [2, n, f], scaled -> lse's two parts [2, n] each, m [2, 2, c], E [2, n], R [2, n], what is kept of
-    log p."""
+             use_triton: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h [2, n, f], scaled -> lse's two parts [2, n] each (0 of few codes, which do not need them), m
+    [2, 2, c], E [2, n], R [2, n], what is kept of log p, and of p."""
     if use_triton:
-        return *_forward_triton(h, codes, seed, reverse), h.new_empty(0)
+        return *_forward_triton(h, codes, seed, reverse), h.new_empty(0), h.new_empty(0)
     return _forward_torch(h, codes, seed, reverse, trained and _keeps(h, codes, use_triton))
 
 
@@ -683,13 +749,14 @@ def _shapes_backward(h, *rest):
 
 @opaque("dictionary_backward", _shapes_backward)
 def _backward(h: Tensor, codes: int, seed: int, reverse: bool, use_triton: bool, top: Tensor, rest: Tensor,
-              m: Tensor, E: Tensor, R: Tensor, kept: Tensor, g_prior: Tensor, g_cross: Tensor) -> Tensor:
+              m: Tensor, E: Tensor, R: Tensor, kept: Tensor, p: Tensor, g_prior: Tensor,
+              g_cross: Tensor) -> Tensor:
     """Gradient of h [2, n, f], from what the forward left and the two upstream gradients."""
     _, n, _ = h.shape
     if use_triton:
         dh = _backward_triton(h, codes, seed, reverse, top, rest, m, E, R, g_prior, g_cross)
     else:
-        dh = _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, g_prior, g_cross)
+        dh = _backward_torch(h, codes, seed, reverse, top, rest, m, E, R, kept, p, g_prior, g_cross)
     return dh * (math.log(2) / (2 * n))                # h is in base 2
 
 
@@ -698,7 +765,7 @@ class _DictionaryLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, codes, seed, reverse, use_triton):
         kept = _forward(h, codes, seed, reverse, ctx.needs_input_grad[0], use_triton)
-        _, _, m, E, R, _ = kept
+        _, _, m, E, R, *_ = kept
         ctx.save_for_backward(h, *kept)
         ctx.options = codes, seed, reverse, use_triton
         ln2 = math.log(2)
@@ -725,10 +792,10 @@ def dictionary_loss(h1, h2, codes, seed, temperature, prior="reverse", impl="aut
     impl: "auto" (Triton for CUDA tensors), "torch", "triton".
 
     Both terms are means over the two views; cross_entropy is -1/2 mean_i sum_j (a log b + b log a), without
-    a stop-gradient. Memory O(n f + c), and on a CPU the 2 n c logarithms up to 128 MB of them. The torch path
-    holds the signs beside it, c f bytes (4 c f up to 4 MB), and keeps the last two dictionaries.
-    ValueError for shapes, dtypes, devices, options; RuntimeError in a double backward. Source: Sansone et
-    al., arXiv 2410.04959, and emsansone/CPLearn.
+    a stop-gradient. Memory O(n f + c), and on a CPU the 2 n c logarithms up to 128 MB of them (and p, up to
+    1 MB). The torch path holds the signs beside it, c f bytes (4 c f up to 4 MB), and keeps the last two
+    dictionaries. ValueError for shapes, dtypes, devices, options; RuntimeError in a double backward. Source:
+    Sansone et al., arXiv 2410.04959, and emsansone/CPLearn.
     """
     if h1.ndim != 2 or h1.shape != h2.shape or not h1.numel():
         raise ValueError(f"h1 {list(h1.shape)} and h2 {list(h2.shape)} must both be [n, f], not empty")

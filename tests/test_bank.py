@@ -160,6 +160,14 @@ def test_topk_is_exact(b, n, k, chunk, unit, monkeypatch):
     assert all(len(set(row.tolist())) == k for row in rows)
 
 
+@pytest.mark.parametrize("queries, on_a_gpu, numbers", [
+    (64, False, 2 ** 21), (256, False, 2 ** 22), (10_000, True, 2 ** 26), (50_000, True, 2 ** 26)])
+def test_topk_makes_no_more_products_at_a_time_than_that(queries, on_a_gpu, numbers):
+    class Queries(list):
+        is_cuda = on_a_gpu
+    assert queries * kernels.bank._topk_rows(Queries([0] * queries)) <= numbers
+
+
 def test_memory_grows_with_the_bank_not_with_batch_times_bank(device, unit, indices):
     """Detached: the same at any N. Trained: the bank's gradient beside it. Either below 5 % of one B x N matrix."""
     impl = "triton" if device == "cuda" else "torch"  # on a GPU plain torch takes chunks larger than all this
@@ -490,6 +498,102 @@ def test_an_excluded_row_may_be_nan(impl, unit, device):
     assert error(trained.grad[others], own.grad) < 1e-6
     lse, _, repulsion = bank_reference(q, bank, .2, exclude=exclude)
     assert lse.isfinite().all() and repulsion.isfinite()
+
+
+# ---- By torch's own flash attention, on a CPU --------------------------------------------------------------------
+@pytest.fixture
+def flashes(monkeypatch):
+    """A list that grows with each use of it; two threads, since one is as fast without."""
+    calls, function = [], kernels.bank.FLASH
+    if function is None:
+        pytest.skip("this torch has no such operator")
+    monkeypatch.setattr(kernels.bank, "FLASH", lambda *arguments, **named: calls.append(1) or function(*arguments, **named))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield calls
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["logsumexp", "cross_entropy"])
+@pytest.mark.parametrize("shape", [(64, 1, 5), (70, 64, 33), (65, 700, 16), (200, 1300, 7), (800, 90, 128)])
+@pytest.mark.parametrize("temperature", [.06, 1.])
+def test_flash_attention_errs_at_most_twice_as_much_as_the_fp32_reference(shape, name, temperature, unit, flashes, nan_poisoned):
+    b, n, d = shape
+    ours, theirs = [], []
+    for seed in range(4):
+        q, bank = unit(b, d, seed).cpu(), unit(n, d, seed + 10).cpu()
+        options = torch.arange(b) * 7 % n, None, temperature
+        truth = run(reference(name), q.double(), bank.double(), *options)[:2]
+        ours.append([error(g, t) for g, t in zip(run(streamed(name, "torch"), nan_padded(q), nan_padded(bank), *options,
+                                                     wanted=(True, False)), truth)])
+        theirs.append([error(g, t) for g, t in zip(run(reference(name), q, bank, *options), truth)])
+    assert len(flashes) == 4
+    ours, theirs = (torch.tensor(e).square().mean(0).sqrt() for e in (ours, theirs))               # rms over seeds
+    assert (ours <= (2 * theirs).clamp(min=2 ** -20)).all(), (ours, theirs)
+
+
+@pytest.mark.parametrize("common, taken", [(1, 1), (3, 1), (100, 0), (1000, 0)])
+def test_flash_attention_is_left_where_products_cancel(common, taken, flashes):
+    """Long rows whose products nearly cancel: a small logit, and sums that round as the large products do."""
+    axes = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    own = torch.randn(64, 62, generator=torch.Generator().manual_seed(1), dtype=torch.float64) @ axes[2:]
+    own = 3 * F.normalize(own)
+    bank = (own + common * axes[0]).float()
+    q = (own + common * axes[1]).float().requires_grad_()
+    target = torch.arange(64)
+    loss = bank_cross_entropy(q, bank, target, 1.)
+    loss.backward()
+    truth = F.cross_entropy(q.detach().double() @ bank.double().T, target)
+    plain = F.cross_entropy(q.detach() @ bank.T, target)
+    assert len(flashes) == taken and abs(loss.item() - truth.item()) < 2 * abs(plain.item() - truth.item()) + 2e-6
+
+
+@pytest.mark.parametrize("temperature, taken", [(.06, 1), (.04, 0)])
+def test_flash_attention_is_left_where_the_loss_would_lose_digits(temperature, taken, unit, flashes):
+    """Each query is its target's row, whose logit is 1 / t: a loss near 0 shows what rounding leaves of it."""
+    bank = unit(900, 32).cpu()
+    target = torch.arange(64) * 5
+    q = bank[target].requires_grad_()
+    loss = bank_cross_entropy(q, bank, target, temperature)
+    loss.backward()
+    wide = q.detach().double().requires_grad_()
+    true = F.cross_entropy(wide @ bank.double().T / temperature, target)
+    true.backward()
+    assert len(flashes) == taken
+    assert (q.grad - wide.grad).abs().max() < 1e-8 / temperature
+    assert abs(loss.item() - true.item()) < (2e-6 if taken else 1e-7)
+
+
+def test_flash_attention_is_taken_only_where_it_has_all_that_is_asked_for(unit, flashes, monkeypatch):
+    q, bank = unit(64, 8).cpu(), unit(50, 8, 1).cpu()
+    target = torch.arange(64) % 50
+
+    def take(q=q, bank=bank, target=target, exclude=None, wanted=(True, False)):
+        flashes.clear()
+        run(streamed("cross_entropy", "torch"), q, bank, target, exclude, .2, wanted=wanted)
+        return len(flashes)
+    assert take() == 1
+    assert take(q[:63], target=target[:63]) == take(wanted=(True, True)) == take(wanted=(False, False)) == 0
+    assert take(exclude=(target + 1) % 50) == take(q.double(), bank.double()) == take(bank=bank.bfloat16()) == 0
+    assert take(bank=bank.T.contiguous().T) == take(bank=bank[:1].expand(50, 8)) == 0
+    torch.set_num_threads(1)
+    assert take() == 0
+    torch.set_num_threads(2)
+    with_it = run(streamed("cross_entropy", "torch"), q, bank, target, None, .2, wanted=(True, False))
+    monkeypatch.setattr(kernels.bank, "FLASH", None)
+    without = run(streamed("cross_entropy", "torch"), q, bank, target, None, .2, wanted=(True, False))
+    assert all(error(a, b) < 1e-6 for a, b in zip(with_it[:2], without[:2]))
+
+
+def test_flash_attention_inside_torch_compile_and_with_nan(unit, flashes):
+    q, bank, target = unit(64, 8).cpu(), unit(50, 8, 1).cpu(), torch.arange(64) % 50
+    function = streamed("cross_entropy", "torch")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got, want = (run(f, q, bank, target, None, .2, wanted=(True, False)) for f in (compiled, function))
+    assert len(flashes) == 2 and all(error(a, b) < 1e-6 for a, b in zip(got[:2], want[:2]))
+    bank[3, 4] = torch.nan
+    assert run(function, q, bank, target, None, .2, wanted=(True, False))[0].isnan()
+    assert run(streamed("logsumexp", "torch"), q, bank, target, None, .2, wanted=(True, False))[0].isnan()
 
 
 # ---- What a difference of large numbers loses ------------------------------------------------------------------

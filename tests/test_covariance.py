@@ -8,12 +8,12 @@ import torch
 from torch.autograd import gradcheck
 
 from judge import error, nan_padded, room
-from kernels import variance_covariance, variance_covariance_reference
+from kernels import covariance, variance_covariance, variance_covariance_reference
 from kernels.benchmark import facebookresearch_form, peak_memory
 from kernels.launch import triton
 
 SHAPES = [(2, 1), (2, 3), (5, 2), (41, 41), (33, 66), (34, 66), (17, 128), (64, 128), (64, 65), (63, 31), (300, 9)]
-IMPLS = ["torch"] + ["triton"] * (triton is not None)
+IMPLS = ["torch", "apart"] + ["triton"] * (triton is not None)             # apart: large columns are always taken out
 UPSTREAM = 2.5, -0.7                                  # gradients of the two terms, neither 0 nor 1
 
 
@@ -27,8 +27,20 @@ def embeddings(device):
     return rows
 
 
+@pytest.fixture(autouse=True)
+def no_columns_are_even(request, monkeypatch):
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("impl") == "apart":
+        monkeypatch.setattr(covariance, "_even", lambda variance: False)
+
+
+def option(impl):
+    return "torch" if impl == "apart" else impl
+
+
 def run(function, z, upstream=UPSTREAM, **options):
     z = z.detach().requires_grad_()
+    if "impl" in options:
+        options["impl"] = option(options["impl"])
     terms = function(z, **options)
     torch.autograd.backward(terms, [torch.full_like(t, g) for t, g in zip(terms, upstream)])
     return *(t.detach() for t in terms), z.grad
@@ -83,7 +95,7 @@ def check_dominated(shape, columns, factor, seed, impls, device):
         assert worst < 1e-3, (shape, columns, factor, seed, impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "apart"])                       # these are never even
 @pytest.mark.parametrize("factor", [1e3, 1e4, 1e6])
 @pytest.mark.parametrize("columns", [1, 3])
 @pytest.mark.parametrize("shape", [(64, 512), (100, 530)])
@@ -103,8 +115,43 @@ def test_dominating_columns_at_twenty_seeds(shape, case, device):
     """Where the interpreter takes seconds a seed, the 20 seeds are dealt to the six cases."""
     quick = device == "cuda" or shape[0] * shape[1] <= 2 ** 16
     for seed in range(20):
-        impls = IMPLS if quick or seed % 6 == case else ["torch"]
+        impls = [impl for impl in IMPLS if impl != "apart"] if quick or seed % 6 == case else ["torch"]
         check_dominated(shape, *CASES[case], seed, impls, device)
+
+
+def counted(monkeypatch, name):
+    """A list that grows with each call of that function of covariance.py."""
+    calls, function = [], getattr(covariance, name)
+    monkeypatch.setattr(covariance, name, lambda *arguments: calls.append(name) or function(*arguments))
+    return calls
+
+
+@pytest.mark.parametrize("std, taken_out", [(1., 0), (2e-4, 0), (5e3, 0), (5e-5, 1), (2e4, 1)])
+def test_on_a_cpu_columns_are_taken_out_where_any_are_large_or_squares_would_overflow(std, taken_out, monkeypatch):
+    z = std * torch.randn(24, 400, generator=torch.Generator().manual_seed(0))
+    calls = counted(monkeypatch, "_with_dominant")
+    got, truth = run(variance_covariance, z, impl="torch"), run(facebookresearch_form, z.double())
+    assert len(calls) == taken_out and max(errors(got, truth)) < 2e-6
+
+
+@pytest.mark.parametrize("large, taken_out", [(4, 0), (40, 1)])
+def test_on_a_cpu_columns_are_taken_out_where_one_is_large(large, taken_out, monkeypatch):
+    """One column of 400: eight such would hold less than half of the variance, or more."""
+    z = torch.randn(24, 400, generator=torch.Generator().manual_seed(0))
+    z[:, 7] *= large
+    calls = counted(monkeypatch, "_with_dominant")
+    got, truth = run(variance_covariance, z, impl="torch"), run(facebookresearch_form, z.double())
+    assert len(calls) == taken_out and max(errors(got, truth)) < 3e-6
+
+
+def test_on_a_cpu_columns_are_taken_out_where_the_diagonal_is_nearly_all(monkeypatch):
+    """Twenty large columns that do not correlate: what is subtracted is nearly all there is."""
+    g = torch.Generator().manual_seed(0)
+    z = .1 * torch.randn(64, 400, generator=g)
+    z[:, :20] += torch.linalg.qr(torch.randn(64, 20, generator=g))[0] * 8
+    calls = counted(monkeypatch, "_with_dominant")
+    got, truth = run(variance_covariance, z, impl="torch"), run(facebookresearch_form, z.double())
+    assert len(calls) == 1 and max(errors(got, truth)) < 2e-5
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -248,7 +295,19 @@ def test_nan_input_gives_nan_output(embeddings):
     z = embeddings(20, 8)
     z[3, 5] = torch.nan
     for impl in IMPLS:
-        assert all(t.isnan() for t in variance_covariance(z, impl=impl))
+        assert all(t.isnan() for t in variance_covariance(z, impl=option(impl)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_and_too_large_gradients_come_out_of_the_gram_side(impl, device):
+    """As a loss scaler wants them: inf or NaN, which it skips, and no error."""
+    z = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    for upstream in ((0., 1e30), (0., torch.inf), (0., torch.nan)):
+        assert not run(variance_covariance, 1e6 * z, upstream, impl=impl)[-1].isfinite().any()
+    assert not run(variance_covariance, 1e18 * z[:, :8].T, (0., 65536.), impl=impl)[-1].isfinite().any()
+    z[3, 5] = torch.nan
+    *terms, gradient = run(variance_covariance, z, impl=impl)
+    assert all(t.isnan() for t in terms) and gradient.isnan().any()
 
 
 def test_without_triton_everything_but_the_triton_path_works():
@@ -276,7 +335,7 @@ def test_two_passes_keep_the_variance_of_features_far_from_zero(impl, device):
     g = torch.Generator().manual_seed(0)
     z = (30 + .05 * torch.randn(4096, 8, generator=g)).to(device)
     truth, _ = variance_covariance(z.double())
-    got, _ = variance_covariance(z, impl=impl)
+    got, _ = variance_covariance(z, impl=option(impl))
     assert abs(got - truth) / truth < 1e-6
     one_pass = (z.square().mean(0) - z.mean(0).square()) * 4096 / 4095
     assert ((one_pass - z.double().var(0)).abs() / z.double().var(0)).max() > .05

@@ -12,7 +12,7 @@ from kernels.dictionary import dictionary_loss, dictionary_reference, dictionary
 from kernels.launch import INTERPRETED, triton
 
 SHAPES = [(1, 1, 2), (2, 40, 33), (5, 7, 1), (33, 20, 130), (70, 65, 33), (8, 70, 100)]                  # n, f, c
-IMPLS = ["torch"] + ["triton"] * (triton is not None)
+IMPLS = ["torch", "blocks"] + ["triton"] * (triton is not None)           # blocks: as many codes want
 PRIORS = ["reverse", "forward"]
 
 
@@ -23,6 +23,17 @@ def views(device):
         a, b = torch.randn(2, n, f, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return [h.tanh().to(device) for h in (a, a + .3 * b)]
     return features
+
+
+@pytest.fixture(autouse=True)
+def no_code_fits(request, monkeypatch):
+    """For "blocks": a CPU's form for many codes, at few."""
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("impl") == "blocks":
+        monkeypatch.setattr(dictionary, "_is_small", lambda h, codes: False)
+
+
+def option(impl):
+    return "torch" if impl == "blocks" else impl
 
 
 def released_temperature(n, f):
@@ -37,7 +48,7 @@ def plain(c, seed, temperature, prior):
 
 
 def streamed(c, seed, temperature, prior, impl):
-    return lambda h1, h2: dictionary_loss(h1, h2, c, seed, temperature, prior, impl)
+    return lambda h1, h2: dictionary_loss(h1, h2, c, seed, temperature, prior, option(impl))
 
 
 def run(function, h, upstream=(1.3, -.7), wanted=(True, True)):
@@ -100,10 +111,11 @@ def test_streamed_equals_the_plain_form(prior, dtype, bound, views):
         assert got.dtype == dtype and error(got, want.double()) < bound
 
 
+@pytest.mark.parametrize("impl", ["torch", "blocks"])
 @pytest.mark.parametrize("prior", PRIORS)
-def test_gradcheck(prior, views):
+def test_gradcheck(prior, impl, views):
     h = [x.requires_grad_() for x in views(3, 5)]
-    assert torch.autograd.gradcheck(streamed(7, 0, 1., prior, "torch"), h)
+    assert torch.autograd.gradcheck(streamed(7, 0, 1., prior, impl), h)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -190,12 +202,13 @@ def test_memory_at_a_quarter_million_codes(monkeypatch, views):
     assert streams < .1 * theirs
 
 
+@pytest.mark.parametrize("impl", ["torch", "blocks"])
 @pytest.mark.parametrize("prior", PRIORS)
-def test_keeping_the_logarithms_changes_nothing(prior, monkeypatch, views):
+def test_keeping_the_logarithms_changes_nothing(prior, impl, monkeypatch, views):
     h, t = [x.float() for x in views(20, 30)], 2.
-    kept = run(streamed(900, 0, t, prior, "torch"), h)
+    kept = run(streamed(900, 0, t, prior, impl), h)
     monkeypatch.setattr(dictionary, "KEEP", 0)
-    for one, other in zip(kept, run(streamed(900, 0, t, prior, "torch"), h)):
+    for one, other in zip(kept, run(streamed(900, 0, t, prior, impl), h)):
         assert error(one, other.double()) < 1e-6
 
 
@@ -229,8 +242,8 @@ def test_a_learnable_temperature_gets_its_gradient(impl, device, views):
         sum(function(*[x.to(dtype) for x in h], t)).backward()
         return t.grad
     truth = gradient(lambda a, b, t: dictionary_reference(a, b, W.double(), t), torch.float64)
-    assert error(gradient(lambda a, b, t: dictionary_loss(a, b, 20, 0, t, impl=impl), torch.float32), truth) < 1e-5
-    if impl == "torch":
+    assert error(gradient(lambda a, b, t: dictionary_loss(a, b, 20, 0, t, impl=option(impl)), torch.float32), truth) < 1e-5
+    if impl != "triton":
         assert error(gradient(lambda a, b, t: dictionary_loss(a, b, 20, 0, t), torch.float64), truth) < 1e-12
 
 
@@ -289,6 +302,23 @@ def test_gradients_at_low_temperatures_are_autograds(temperature, impl, prior, k
         got = run(streamed(256, 0, temperature, prior, impl), h, upstream)
         for ours, form, true in zip(got, plain, truth):
             assert error(ours, true) <= 2 * error(form, true) + 1e-6
+
+
+@pytest.mark.parametrize("rarest", [-100, -112, -116, -119, -125])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_rare_codes_cost_nothing_where_a_loss_is_scaled(prior, rarest):
+    """log2 p of the rarest code at or above what fp32 holds of p itself; upstream as a loss scaler begins."""
+    h = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))[:1] + .001 * torch.randn(
+        2, 4, 64, generator=torch.Generator().manual_seed(1))
+    W = dictionary_signs(64, 64, 0)
+    spread = (torch.log_softmax(h.double() @ W.double().T, dim=2) / math.log(2)).min()
+    h = h * (rarest / spread).item()
+    upstream = 65536., 65536.
+    truth = run(lambda a, b: dictionary_reference(a, b, W.double(), 1., prior), h.double(), upstream)
+    plain = run(lambda a, b: dictionary_reference(a, b, W, 1., prior), h, upstream)
+    got = run(streamed(64, 0, 1., prior, "torch"), h, upstream)
+    for ours, form, true in zip(got, plain, truth):
+        assert error(ours, true) <= 2 * error(form, true) + 1e-6
 
 
 def test_torch_func_is_refused_in_a_line_and_the_reference_takes_it(views):
