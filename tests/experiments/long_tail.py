@@ -9,6 +9,7 @@ thirds of the classes. Every run sees as many images. Runs the scripts as a user
 """
 import argparse
 import statistics
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ def main():
     parser.add_argument("--data", default="glyphs.npz", help="digits, or an .npz of 2-D images with labels")
     parser.add_argument("--ratios", nargs="+", type=int, default=[10, 100], help="largest class over smallest")
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="all of them: a picture, too")
     parser.add_argument("--seen", type=int, default=80_000, help="images, by every run")
     parser.add_argument("--options", nargs="*", default=["width=8"], help="of all runs, without their dashes")
     parser.add_argument("--seeds", type=int, default=5, help="at least 2")
@@ -60,7 +62,8 @@ def main():
         save_npz(file, data.images[rows], data.labels[rows], data.test_images, data.test_labels)
         epochs = str(round(args.seen / len(rows)))
         for size in args.batches:
-            for name, (script, options) in METHODS.items():
+            for name in args.methods:
+                script, options = METHODS[name]
                 for seed in range(args.seeds):
                     folder = (out / f"{name} {ratio} {size} {seed}").resolve()
                     jobs[ratio, size, name, seed] = folder, script, [
@@ -69,28 +72,30 @@ def main():
     print(f"| R, batch | method | {' | '.join(COLUMNS)} |\n{'|---' * (2 + len(COLUMNS))}|")
     shown = [(ratio, size) for ratio in args.ratios for size in args.batches]
     for ratio, size in shown:
-        for name in METHODS:
+        for name in args.methods:
             if own := of(results, ratio, size, name):
                 columns = {column: [line[column] for line in own] for column in COLUMNS}
                 cells = [f"{statistics.mean(column):.{COLUMNS[name]}f}" for name, column in columns.items()]
                 cells[0] = spread(columns["k-NN"])
                 print(f"| {ratio}, {size} | {name} | {' | '.join(cells)} |")
         for row, of_row in (("raw pixels", "raw"), ("random encoder", "random")):
-            if own := of(results, ratio, size, "SimCLR"):
+            if own := of(results, ratio, size, args.methods[-1]):
                 print(f"| {ratio}, {size} | {row} | {statistics.mean(line[of_row] for line in own):.3f} "
                       f"{'| ' * (len(COLUMNS) - 1)}|")
     if args.draw:
         return
     first, last = args.ratios[0], args.ratios[-1]
     print(f"\n| k-NN, 95 % | {' | '.join(f'batch {size}' for size in args.batches)} |\n|---{'|---' * len(args.batches)}|")
-    for a, b in (("IConE", "VICReg"), ("IConE", "SimCLR"), ("VICReg", "SimCLR")):
+    for a, b in combinations(args.methods, 2):
         for ratio in args.ratios:
             ours, theirs = ([[line["k-NN"] for line in of(results, ratio, size, name)] for size in args.batches] for name in (a, b))
             print(f"| {a} less {b}, R = {ratio} | {' | '.join(map(over, ours, theirs))} |")
-    for name in METHODS:
+    for name in args.methods:
         lost = (apart(results, (last, size, name), (first, size, name), lambda line: line["k-NN"]) for size in args.batches)
         print(f"| {name}, R = {last} less R = {first} | {' | '.join(map(interval, lost))} |")
 
+    if len(args.methods) < len(METHODS):
+        return
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axis, (ratio, size) in zip(axes, shown):
