@@ -24,11 +24,10 @@ one other image (tests/experiments/ba_ssl.md).
 Choices of our own: (1) The share is fixed. A gate that is learned closes: what other images add differs
 between two views, and to the loss it is noise. (2) A fused view meets a clean one. (3) A layer is a 3x3
 convolution over B channels inside the patch, without bias, norm or nonlinearity: several are one linear map
-of wider reach. (4) Slots are drawn anew in each call: a
-convolution over slots that stay could stamp both views of an image with its slot's mark and solve NT-Xent
-without a look at the image. (5) At evaluation the module is dropped. (6) SimCLR's settings suit digits: batch
-64, AdamW, t = 0.2, views by pose, light, noise. (7) IConE is simpler than in icone.py: a table drawn at
-random, all of it the bank and in AdamW; batch norm for the centring.
+of wider reach. (4) Slots are drawn anew in each call: a convolution over slots that stay could stamp both
+views of an image with its slot's mark and solve NT-Xent without a look at it. (5) At evaluation the module
+is dropped. (6) SimCLR's settings suit digits: batch 64, AdamW, t = 0.2, views by pose, light, noise. (7)
+IConE is simpler than in icone.py: a random table, all of it bank and in AdamW; batch norm centres; .5 weight.
 """
 if __name__ == "__main__":
     import kernels.harness.start                                     # before torch: see there
@@ -62,7 +61,7 @@ class BatchFusion(nn.Module):
     number of layers, in the first step and in the last. What of the others is learned.
 
     mixing: conv; three controls: random, conv not trained; grouped, each image with its own channel alone;
-    mixup, F(x) = another image, without layers.
+    mixup, F(x) = another image less the mean, without layers.
     keep_slots: image i is channel i in every call; otherwise each call deals the images to the channels anew.
 
     Call it for each view by itself, leave out an incomplete last batch, and use the encoder alone in the end:
@@ -308,7 +307,8 @@ def train(model, optimizer, data, run, meters):
 def mixing_meters(fusion, x, deals=16):
     """What the module adds to images x [B, C, *S], in `deals` calls; rms, over that of x.
 
-    own: what stays however the slots are dealt. others: what differs. bias: what is added to equal images.
+    own: what stays however slots are dealt, with keep_slots all of it. others: what differs; of grouped this
+    is the slots' filters alone. bias: what is added to equal images.
     """
     added = torch.stack([fusion(x) - x for _ in range(deals)])       # [deals, B, C, *S]
     own = added.mean(0)
@@ -342,8 +342,7 @@ def noise_verdict(model, shape, draws=20):
                       for name in ("noise_nt_xent", "noise_exchanged")]
     chance = meters[0]["chance"]
     said = "SHORTCUT, slots give partners away" if own < 0.9 * exchanged else "Slots give no partner away"
-    return (f"{said}: NT-Xent of pure noise {own:.2f}, with partners exchanged {exchanged:.2f}, "
-            f"chance {chance:.2f}")
+    return f"{said}: NT-Xent of noise {own:.2f}, with partners exchanged {exchanged:.2f}, chance {chance:.2f}"
 
 
 @torch.no_grad()
@@ -379,7 +378,7 @@ def main():
     add("--mixing", default="conv", choices=["conv", "random", "grouped", "mixup"],
         help="conv: learned; controls: random, never trained; grouped, own image alone; mixup, one other")
     add("--both", action="store_true", help="fuse both views; otherwise a fused view meets a clean one")
-    add("--keep-slots", action="store_true", help="images keep their channels: with --both a shortcut")
+    add("--keep-slots", action="store_true", help="images keep channels: a shortcut with --both, share .9")
     add("--temperature", type=bounded(float, 1e-3), default=0.2, help="of NT-Xent")
     # It decides the defaults of others, so it is read before them; what it does not know parse() refuses.
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].loss])

@@ -100,6 +100,7 @@ BLACK = np.zeros((40, 12, 12), np.uint8)
 BAD = [  # arguments, scripts, what makes the data, words the message must have
     ("--data nowhere.npz", ALL, None, "nowhere.npz.*check the path"),
     (SMALL, ONE, truncated, "small.npz cannot be read"),
+    (f"{SMALL} --bank {10**20}", ["icone.py"], None, "does not lie in .3, 2147483648"),
     (f"--data {ROOT}/README.md", ONE, None, "README.md cannot be read"),
     (SMALL, ONE, saved(images=BLACK), "no train_images.*test_images"),
     (SMALL, ONE, saved(train_images=one_nan()), "train_images holds NaN"),

@@ -581,7 +581,7 @@ def test_a_stack_written_page_by_page_and_one_of_several_positions(capsys):
 
 def test_one_image_is_no_stack():
     tiff("stack", numbers("u2", shape=(16, 12)))
-    with pytest.raises(ValueError, match="stack.tif holds 1 images: 5 at least"):
+    with pytest.raises(ValueError, match="stack.tif holds 1 images: 16 at least"):
         read_images("stack.tif")
 
 

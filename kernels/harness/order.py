@@ -17,7 +17,7 @@ def shuffled(run):
 
 
 def through_window(images):
-    """-> order(run): steps draw from a window of so many images, six steps at least; 0: all are shuffled.
+    """-> order(run): steps draw from a window of so many images, or of some six steps; 0: all are shuffled.
 
     The images lie in one random order, its end joined to its start, and the window passes over them all, once
     in the run (once more in epochs that are added later). An epoch is several windows, the images of each of

@@ -379,7 +379,7 @@ def read_images(name, size=64, channels_last=False, fit="crop", pages="auto", va
 
     if x_test is None:
         if len(x) < 5:
-            raise ValueError(f"{name} holds {len(x)} images: 5 at least are needed")
+            raise ValueError(f"{name} holds {len(x)} images: 16 at least are needed without test images")
         train, test = hold_out(x)
         x, x_test = choose(x, train), choose(x, test)
         more |= {"files": train, "test_files": test}

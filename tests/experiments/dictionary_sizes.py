@@ -42,7 +42,7 @@ def draw(table, path):
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = {"accuracy on test features": ["k-NN", "linear"],
               "codes against classes, test images": ["NMI", "of chance", "AMI"],
-              "codes in use, 1,440 images": ["codes in use"], "off-diagonal of h^T h, rms": ["off-diagonal"]}
+              "codes in use, 1,440 images": ["codes in use"], "off-diagonal of z^T z, rms": ["off-diagonal"]}
     for axis, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items()):
         for column in columns:
             values = [table[f"--codes {size}"][column] for size in SIZES]

@@ -118,6 +118,7 @@ def draw(found, n, f, path):
     axes = figure.subplots(1, 5)
     titles = ["loss", "dimensions in use", "off-diagonal, rms", "codes in use", "entropy of 10 Gaussians / f"]
     names = ["loss", "dimensions", "off_diagonal", "codes", "mixture_entropy_10"]
+    labels = {"dimensions": "all there are", "off_diagonal": "1 / sqrt(codes in use)"}
     used = [min(n, codes) for codes in SIZES]
     expected = [[max(0, math.log(codes / n)) for codes in SIZES], [f] * len(SIZES),
                 [count ** -.5 for count in used], used, None]
@@ -126,7 +127,7 @@ def draw(found, n, f, path):
             values = [found[f"{norm}, c = {codes}"][name] for codes in SIZES]
             axis.plot(SIZES, values, "o" if norm == "l2" else "x", label=norm)
         if line:
-            axis.plot(SIZES, line, color="gray", lw=1, zorder=0, label="1 / sqrt(codes in use)" if "off" in name else "optimum")
+            axis.plot(SIZES, line, color="gray", lw=1, zorder=0, label=labels.get(name, "optimum"))
         axis.set_xscale("log", base=4)
         axis.set_xticks(SIZES, SIZES, rotation=45, fontsize=7)
         axis.set_title(title, fontsize=9)
