@@ -24,8 +24,8 @@ import math
 import torch
 from torch import Tensor
 
-from .launch import (on_device, opaque, pick, programs, refuse_double_backward, refuse_transforms, tl,
-                     triton)
+from .launch import (free_to_look, on_device, opaque, pick, programs, refuse_double_backward,
+                     refuse_transforms, tl, triton)
 
 
 # ---- Reference: the specification --------------------------------------------------------------------------
@@ -470,7 +470,7 @@ def _gram_side(z, use_triton):
         g, squares = _product_triton(z, mean, keep, shrink, True)
     else:
         zc, mean, variance = _centre_torch(z)
-        if not z.is_cuda and _even(variance):
+        if free_to_look(z) and _even(variance):
             m = _product_torch(zc.T)
             squares = _squares_torch(m)
             diagonal = variance.square().sum() * (len(z) - 1) ** 2
@@ -512,7 +512,7 @@ def _backward(z: Tensor, mean: Tensor, variance: Tensor, unit: Tensor, m: Tensor
               use_triton: bool) -> Tensor:
     """dZ of the derivation, [N, D]."""
     n, d = z.shape
-    if not (use_triton or z.is_cuda):                            # numbers: fewer calls
+    if free_to_look(z) and not use_triton:                       # numbers: fewer calls
         unit, g_variance, g_covariance = unit.item(), g_variance.item(), g_covariance.item()
     std = (variance + eps).sqrt_()
     hinge = torch.where(std < gamma, -g_variance / (d * (n - 1)) / std, 0)
@@ -523,7 +523,7 @@ def _backward(z: Tensor, mean: Tensor, variance: Tensor, unit: Tensor, m: Tensor
     if isinstance(a, float) and abs(a) > torch.finfo(m.dtype).max:
         a = math.copysign(math.inf, a)                           # as a tensor has it; a number is refused
     dz = product(z, mean, scale, m, a, gram)
-    if gram and (z.is_cuda or columns[0] >= 0):
+    if gram and not (free_to_look(z) and columns[0] < 0):
         dz[:, columns] = (a * pull + hinge[columns] * t) * unit
     return dz
 

@@ -23,7 +23,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .launch import (INTERPRETED, check_temperature, on_device, opaque, pick, programs,
+from .launch import (INTERPRETED, check_temperature, free_to_look, on_device, opaque, pick, programs,
                      refuse_double_backward, refuse_transforms, tl, triton)
 
 
@@ -157,7 +157,7 @@ def _place(space, n, block, kept=True):
 def _is_small(h, codes):
     """Whether a CPU has all codes in one block, of few numbers: there calls cost more than what they do."""
     _, n, _ = h.shape
-    return not h.is_cuda and codes <= _block_size(h) and 2 * n * codes <= min(KEEP, FEW)
+    return free_to_look(h) and codes <= _block_size(h) and 2 * n * codes <= min(KEEP, FEW)
 
 
 def _forward_small(h, codes, seed, reverse, keep):

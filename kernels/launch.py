@@ -80,6 +80,11 @@ def pick(impl, tensors, worthwhile=True):
     return "triton" if _compiles_now(device.index) else "torch"
 
 
+def free_to_look(x):
+    """Whether a look at the values of x need not be waited for: on a CPU."""
+    return not x.is_cuda
+
+
 def on_device(x):
     """Triton launches on the current device: make it that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

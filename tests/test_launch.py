@@ -252,6 +252,8 @@ def every_function(device, impl):
 def test_no_function_looks_at_a_value(monkeypatch):
     """Looking is waiting on a GPU, and impossible while a CUDA graph is captured; on a CPU indices are checked."""
     monkeypatch.setattr(bank, "_check_rows", lambda *arguments: None)
+    for module in (covariance, dictionary):
+        monkeypatch.setattr(module, "free_to_look", lambda x: False)     # as on a GPU
     dictionary._held.cache_clear()
     with NoLook():
         every_function("cpu", "torch")

@@ -232,7 +232,7 @@ def check_base(run, loss):
     meters = run.metrics()[-1]["meters"]
     assert meters["others"] > 0.05 and meters["bias"] < 0.1 * meters["others"]
     assert re.search("^with the module", run.stdout, re.M)
-    assert "of pure noise" in run.stdout
+    assert "NT-Xent of noise" in run.stdout
 
 
 @command(f"{SMALL} --loss vicreg", scripts=["ba_ssl.py"])
