@@ -6,7 +6,9 @@ compare runs are passed over; or all are made.
     python -m pytest -m slow tests/test_numbers.py --every-run           # half a day; goes on where it stopped, in runs/
     python -m tests.test_numbers WORD                                    # writes tables whose command has WORD
 """
+import builtins
 import collections
+import dis
 import functools
 import itertools
 import math
@@ -15,6 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,6 +151,24 @@ def test_a_drawn_run_is_held_to_its_row():
     assert len(differences_of_drawn(table, header + "| a | 1 | 0.960 | 0.50 | collapsed 1 of 1 |\n")) == 2
     assert not differences_of_drawn(table, header + "| b | 1 | 0.800 | 0.51 | healthy 1 of 1 |\n")
     assert len(differences_of_drawn(table, header + "| b | 1 | 0.500 | 0.90 | healthy 1 of 1 |\n")) == 2
+
+
+def codes_of(code):
+    """A code object and those within it."""
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            yield from codes_of(part)
+
+
+@pytest.mark.parametrize("folder", [".", "kernels", "kernels/harness", "tests", "tests/experiments"])
+def test_every_name_is_one_that_its_file_has(folder):
+    """Of experiments above all, which hardly anything runs: one could not start for want of an import."""
+    for file in (ROOT / folder).glob("*.py"):
+        steps = [step for code in codes_of(compile(file.read_text(), file, "exec")) for step in dis.get_instructions(code)]
+        named = {step.argval for step in steps if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
+        used = {step.argval for step in steps if step.opname in ("LOAD_NAME", "LOAD_GLOBAL")}
+        assert not used - named - {*dir(builtins), "__file__", "__annotations__"}, file
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ thirds of the classes. Every run sees as many images. Runs the scripts as a user
 import argparse
 import statistics
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import torch
