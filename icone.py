@@ -261,7 +261,7 @@ def main():
     add("--weight", type=at_least_0, default=6., help="of the diversity; 0 shows the collapse")
     add("--view-view", type=at_least_0, default=0., help="weight of pulling the two views together")
     add("--window", type=bounded(int, 0), default=400, help="images to draw steps from; 0: all shuffled")
-    add("--bank", type=bounded(int, 3, 2**31), default=2048, help="of so many visits back rows push those of a step")
+    add("--bank", type=bounded(int, 3, 2**31), default=2048, help="rows of so many last visits push a step's")
     args, state = parse(parser)
     if args.diversity == "relu2" and "--temperature" in typed():
         die("--temperature is of --diversity logsumexp: leave it out")
